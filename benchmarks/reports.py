@@ -49,12 +49,12 @@ READER = """
 import os, sys
 from cachedb import Cache
 from cachedb.reports import named
-given = {"freed-by": {"names": "team/app-1:0"}, "added-by": {"name": "team/app-1:0", "over": "base/1:1"}}
+from benchmarks.reports import GIVEN
 with Cache.open(sys.argv[1]) as cache:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # as the command line does
     while True:
         for one in named.list_reports():
-            with cache.sql(one.query, one.values(given.get(one.name, {}))) as answer:
+            with cache.run_report(one.name, GIVEN.get(one.name)) as answer:
                 for _ in answer.rows:
                     pass
 """
@@ -158,7 +158,7 @@ def _time_reports(directory: Path) -> list[list[str]]:
     with Cache.open(directory) as cache:
 
         def ask(one: named.Report) -> int:
-            with cache.sql(one.query, one.fill_parameters(GIVEN.get(one.name, {}))) as answer:
+            with cache.run_report(one.name, GIVEN.get(one.name)) as answer:
                 return sum(1 for _ in answer.rows)
 
         for one in named.list_reports():

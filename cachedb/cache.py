@@ -685,6 +685,46 @@ class Cache:
         with run_query(self._database, query, parameters, timeout, stream=stream) as found:
             yield found
 
+    @contextmanager
+    def run_report(
+        self,
+        name: str,
+        parameters: Mapping[str, int | float | str] | None = None,
+        *,
+        timeout: float | None = None,
+        stream: bool = False,
+    ) -> Iterator[Answer]:
+        """Run a named report, as `cachedb report` does; `cachedb report --list` lists all reports.
+
+            with cache.run_report("freed-by", {"names": "app:1 team/*"}) as answer:
+                ((blobs, size, images),) = answer.rows
+
+        Args:
+            name: the report's name.
+            parameters: values that replace the defaults of its parameters.
+            timeout: seconds after which the query is stopped, as in `sql`.
+            stream: return each row as soon as it is found, as in `sql`.
+
+        Raises:
+            NotInCache: if there is no such report.
+            InvalidName: if a value is not the valid name of an image, and should be.
+            InvalidQuery: if a value is missing or has the wrong type, an image is not in the cache, or the report's
+                SQL is invalid.
+            StorageError: if the report's file cannot be read.
+            CacheError: if the query takes longer than ``timeout``.
+        """
+        from cachedb.index.sqlite.query import run_query
+        from cachedb.reports.named import load_report
+
+        check_text(name=name)
+        check_mapping(parameters=parameters)
+        check_numbers(timeout=timeout)
+        report = load_report(name)
+        given = {key: str(value) for key, value in (parameters or {}).items()}
+        values = report.fill_parameters(given, self._database)
+        with run_query(self._database, report.query, values, timeout, stream=stream) as found:
+            yield found
+
     def list_views(self) -> list[View]:
         """Return the views of the index, which queries can use."""
         from cachedb.reports.views import list_views

@@ -30,6 +30,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "associate_blob_with_image": ("app:1", MADE.digest),
     "tag": ("app:1", "app:2"),
     "sql": ("SELECT 1",),
+    "run_report": ("garbage",),
     "adopt": ("/nowhere",),
     "copy": ("/nowhere/copy",),
     "pull": ("localhost:1/app:1",),

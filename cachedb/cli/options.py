@@ -25,6 +25,7 @@ __all__ = [
     "DurationParameter",
     "HoldParameter",
     "SizeParameter",
+    "complete_with",
     "dry_run_option",
     "format_examples",
     "format_option",
@@ -43,6 +44,18 @@ COMPLETE_VARIABLE = "_CACHEDB_COMPLETE"
 def format_examples(*lines: str) -> str:
     """Return the examples of a command as the epilog of its help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def complete_with(function: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return a completion by a function of `shell_completion`, which is imported only when a shell asks for it."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from cachedb.cli import shell_completion
+
+        found: list[CompletionItem] = getattr(shell_completion, function)(ctx, param, incomplete)
+        return found
+
+    return complete
 
 
 # Parameters
@@ -196,5 +209,6 @@ parameters_option = click.option(
     metavar="NAME=VALUE",
     multiple=True,
     callback=_parse_parameters,
+    shell_complete=complete_with("complete_parameter"),
     help="A value for :NAME in the query; repeatable.",
 )

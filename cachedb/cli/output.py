@@ -6,6 +6,8 @@ import math
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +29,8 @@ ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 # A spreadsheet runs a cell that starts with one of these. The last four are full-width forms of the first four.
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")  # as the index writes times
+_DIGEST: Final = re.compile(r"sha(?:256|512):[0-9a-f]{64,128}")
 _PARTS_PER_WRITE: Final = 10_000  # pieces of JSON text that are joined for one write
 _MIN_COLUMN_CHARACTERS: Final = 10  # a narrower column is unreadable on a terminal
 
@@ -43,8 +47,6 @@ def print_json(value: object) -> None:
 
 
 def _to_json(value: object) -> str:
-    from datetime import datetime
-
     if isinstance(value, bytes):
         return value.hex()
     return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
@@ -80,18 +82,19 @@ def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Col
         click.echo("  ".join(cells).rstrip())
 
 
-def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str, *, sizes: bool = False) -> None:
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str, *, short: bool = False) -> None:
     """Print the rows of a query, each as soon as it arrives; print a table when all rows have arrived.
 
     Args:
         columns: the names of the columns.
         rows: the rows, with values as SQLite returns them.
         form: one of `ROW_FORMATS`.
-        sizes: in a table, print the columns ``size`` and ``..._size`` like ``1.23 MB``.
+        short: in a table, print the columns ``size`` and ``..._size`` like ``1.23 MB``, times like ``2 days ago``, and
+            the first digits of digests.
     """
     write = sys.stdout.write
     if form == "table":
-        _print_values(columns, list(rows), sizes=sizes)
+        _print_values(columns, list(rows), short=short)
     elif form in ("json", "ndjson"):
         import json
 
@@ -155,20 +158,32 @@ def _make_distinct(columns: Sequence[str]) -> list[str]:
     return names
 
 
-def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: bool) -> None:
+def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, short: bool) -> None:
     if not rows and sys.stdout.isatty():
         click.echo("no rows", err=True)
     numbers = [name for index, name in enumerate(columns) if all(_is_number(row[index]) for row in rows)]
-    are_sizes = [sizes and (name == "size" or name.endswith("_size")) for name in columns]
-
-    def format_cell(value: object, is_size: bool) -> str:
-        return format_size(value) if is_size and isinstance(value, (int, float)) else _format_value(value)
-
-    cells = [list(map(format_cell, row, are_sizes)) for row in rows]
+    format_cell = _format_short if short else _format_named
+    cells = [list(map(format_cell, columns, row)) for row in rows]
     if rows and sys.stdout.isatty() and not _fits(columns, cells):
         _print_vertical(columns, cells)
     else:
         print_table(columns, cells, right=numbers)
+
+
+def _format_named(_column: str, value: object) -> str:
+    return _format_value(value)
+
+
+def _format_short(column: str, value: object) -> str:
+    """Return a value as `ls` prints it, in a column of this name."""
+    if isinstance(value, (int, float)) and (column == "size" or column.endswith("_size")):
+        return format_size(value)
+    if isinstance(value, str) and _TIME.fullmatch(value):
+        with suppress(ValueError):  # no such day, as in the text of a label
+            return format_age(datetime.fromisoformat(value))
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return shorten_digest(value)
+    return _format_value(value)
 
 
 def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import format_examples, parameters_option, row_format_option, timeout_option
+from cachedb.cli.options import complete_with, format_examples, parameters_option, row_format_option, timeout_option
 from cachedb.cli.output import print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
 from cachedb.cli.streams import get_stdout, read_text
 from cachedb.errors import InvalidQuery, explain
 from cachedb.text import printable
+
+if TYPE_CHECKING:
+    from cachedb.cache import Cache
+    from cachedb.index.sqlite.query import Answer
 
 __all__ = []
 
@@ -44,7 +48,7 @@ def sql(
     query only reads, blocks no writer, and runs at the lowest priority. docs/reference/sql.md describes the columns of
     each view.
     """
-    from cachedb.reports.named import parse_number
+    from cachedb.reports.parameters import parse_number
 
     if sum(map(bool, (query, file, schema))) > 1:
         raise click.UsageError("QUERY, --file and --schema exclude each other: give one of them")
@@ -65,7 +69,8 @@ def sql(
             rows = [(view.name, view.description, " ".join(column.name for column in view.columns)) for view in views]
             print_rows(("view", "description", "columns"), rows, form)
         return
-    _run_query(query, {name: parse_number(value) for name, value in parameters.items()}, form, seconds)
+    values = {name: parse_number(value) for name, value in parameters.items()}
+    _print_answer(query, lambda cache: cache.sql(query, values, timeout=seconds, stream=True), form, seconds)
 
 
 @contextmanager
@@ -89,16 +94,23 @@ def _use_idle_priority() -> Iterator[None]:
             os.sched_setscheduler(0, policy, parameter)
 
 
-def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
+def _print_answer(
+    query: str,
+    ask: Callable[[Cache], AbstractContextManager[Answer]],
+    form: str,
+    seconds: int | None,
+    *,
+    is_report: bool = False,
+) -> None:
     watcher = StepWatcher(seconds)
     try:
         with (
             open_cache(existing=True) as cache,
             watcher.watching(),  # before the priority is lowered: the thread must run while other processes compute
             _use_idle_priority(),
-            cache.sql(query, parameters, timeout=seconds, stream=True) as found,
+            ask(cache) as found,
         ):
-            print_rows(found.columns, watcher.watch_rows(found.rows), form, sizes=sizes)
+            print_rows(found.columns, watcher.watch_rows(found.rows), form, short=is_report)
             sys.stdout.flush()
     except InvalidQuery as error:
         if received_signals:  # SQLite replaces what a signal handler raises inside `human` or `ago`
@@ -118,27 +130,39 @@ def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int |
     epilog=format_examples(
         "cachedb report --list",
         "cachedb report --html cache.html",
-        "cachedb report largest-unique",
+        "cachedb report largest-unique 5",
         "cachedb report not-used -p days=90 --format json",
-        "cachedb report freed-by -p names='app:1 app:2'",
+        "cachedb report freed-by app:1 'team/*'",
     )
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_with("complete_report"))
+@click.argument("values", nargs=-1, metavar="[VALUE]...", shell_complete=complete_with("complete_value"))
 @click.option("--list", "list_", is_flag=True, help="List the reports and their parameters.")
 @click.option("--html", "file", metavar="FILE", type=click.Path(), help="Write an HTML page about the whole cache.")
 @parameters_option
 @row_format_option
 @timeout_option
 def report(
-    name: str | None, list_: bool, file: str | None, parameters: dict[str, str], form: str, seconds: int | None
+    name: str | None,
+    values: tuple[str, ...],
+    list_: bool,
+    file: str | None,
+    parameters: dict[str, str],
+    form: str,
+    seconds: int | None,
 ) -> None:
     """Run a named SQL report, or write an HTML page of the whole cache.
 
-    The page works offline. A report is a file NAME.sql. Put your own in the folder CACHEDB_REPORTS; they replace
-    built-in reports of the same name. The default folder is reports/ in cachedb's configuration folder.
+    The page works offline. VALUEs are for the parameters of the report, in the order in which --list prints them. -p
+    gives a parameter a value by its name. A value of the wrong type, or the name of an image that is not in the cache,
+    is an error.
 
-    A file starts with comments that describe the report. Each :parameter of the query has a line "-- :parameter" or
-    "-- :parameter default". A table shows sizes as in 1.23 MB; all other formats show bytes. Reports run at the lowest
+    A report is a file NAME.sql. Put your own in the folder CACHEDB_REPORTS; they replace built-in reports of the same
+    name. The default folder is reports/ in cachedb's configuration folder. A file starts with comments that describe
+    the report. Each :parameter of the query has a line "-- :parameter" or "-- :parameter default". A type may follow
+    the name, as in "-- :limit:count 20": count, days, image, images, label, platform, size or text.
+
+    A table shows sizes, times and digests as `ls` does; all other formats show them whole. Reports run at the lowest
     priority.
     """
     if sum(map(bool, (name, list_, file))) != 1:
@@ -153,7 +177,12 @@ def report(
         from cachedb.reports.named import load_report
 
         chosen = load_report(name or "")
-        _run_query(chosen.query, chosen.fill_parameters(parameters), form, seconds, sizes=True)
+        given = chosen.assign_values(values, parameters)
+
+        def run(cache: Cache) -> AbstractContextManager[Answer]:
+            return cache.run_report(chosen.name, given, timeout=seconds, stream=True)
+
+        _print_answer(chosen.query, run, form, seconds, is_report=True)
 
 
 def _write_page(file: str) -> None:
@@ -177,15 +206,26 @@ def _list_reports(form: str) -> None:
 
     found = list_reports()
     if form == "table":
-        listing = [(entry.name, " ".join(entry.list_parameters()), entry.description) for entry in found]
+        listing = [(entry.name, " ".join(map(str, entry.parameters)), entry.description) for entry in found]
         print_table(("REPORT", "PARAMETERS", "DESCRIPTION"), listing)
         return
-    nested = form in ("json", "ndjson")
-    rows = [
-        (entry.name, entry.description, entry.parameters if nested else " ".join(entry.list_parameters()), entry.path)
-        for entry in found
-    ]
-    print_rows(("report", "description", "parameters", "path"), rows, form)
+    if form in ("json", "ndjson"):
+        columns: tuple[str, ...] = ("name", "description", "parameters", "types", "path", "report")
+        rows: list[tuple[object, ...]] = [
+            (
+                entry.name,
+                entry.description,
+                {parameter.name: parameter.default for parameter in entry.parameters},
+                {parameter.name: parameter.kind for parameter in entry.parameters},
+                entry.path,
+                entry.name,  # the old name of the key
+            )
+            for entry in found
+        ]
+    else:
+        columns = ("report", "description", "parameters", "path")
+        rows = [(entry.name, entry.description, " ".join(map(str, entry.parameters)), entry.path) for entry in found]
+    print_rows(columns, rows, form)
 
 
 def _write_atomically(file: str, text: str) -> None:

@@ -1,9 +1,10 @@
-"""Complete names and digests in a shell, and make the scripts that install completion."""
+"""Complete names, digests and reports in a shell, and make the scripts that install completion."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import click
 from click.shell_completion import (
@@ -17,8 +18,21 @@ from click.shell_completion import (
 from cachedb.cache import Cache
 from cachedb.disk.layout import default_directory
 from cachedb.errors import CacheError
+from cachedb.reports.named import list_reports, load_report
+from cachedb.reports.parameters import Parameter
 
-__all__ = ["complete_holds", "complete_names", "format_completion_script"]
+__all__ = [
+    "complete_holds",
+    "complete_names",
+    "complete_parameter",
+    "complete_report",
+    "complete_value",
+    "format_completion_script",
+]
+
+
+_VALUES = {"label": "SELECT DISTINCT key FROM labels ORDER BY key"}
+"""The query for the values of a type of parameters."""
 
 
 def complete_names(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
@@ -34,6 +48,61 @@ def complete_names(ctx: click.Context, incomplete: str, *, names: bool, digests:
 def complete_holds(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     """Return the hold ids and held names that start with the typed text."""
     return _complete(ctx, incomplete, lambda cache: [text for hold in cache.list_holds() for text in hold[:2]])
+
+
+def complete_report(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the names of the reports that start with the typed text."""
+    try:
+        found = [report for report in list_reports() if report.name.startswith(incomplete)]
+    except CacheError:
+        return []
+    return [CompletionItem(report.name, help=report.description) for report in found]
+
+
+def complete_parameter(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the completions of ``NAME=VALUE`` for a parameter of the report that the command line names."""
+    name, equals, value = incomplete.partition("=")
+    parameters = _list_parameters(ctx)
+    if not equals:
+        return [CompletionItem(f"{one.name}=") for one in parameters if one.name.startswith(name)]
+    found = [item for one in parameters if one.name == name for item in _complete_kind(ctx, one, value)]
+    return [CompletionItem(f"{name}={item.value}") for item in found]
+
+
+def complete_value(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the completions of the next value of the report that the command line names."""
+    given = ctx.params.get("parameters") or {}
+    free = [one for one in _list_parameters(ctx) if one.name not in given]
+    place = len(ctx.params.get("values") or ())
+    if place >= len(free):
+        free, place = [one for one in free[-1:] if one.kind == "images"], 0
+    return _complete_kind(ctx, free[place], incomplete) if free else []
+
+
+def _list_parameters(ctx: click.Context) -> tuple[Parameter, ...]:
+    # Behind a last `-p`, click cannot parse the line, and leaves the arguments in `args`.
+    name = ctx.params.get("name") or next(iter(ctx.args), "")
+    try:
+        return load_report(name).parameters if ctx.info_name == "report" else ()
+    except CacheError:
+        return ()
+
+
+def _complete_kind(ctx: click.Context, parameter: Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the completions of a value of a parameter; a list of images is completed at its last name."""
+    before, space, incomplete = incomplete.rpartition(" ") if parameter.kind == "images" else ("", "", incomplete)
+    if parameter.kind in ("image", "images"):
+        found = complete_names(ctx, incomplete, names=True, digests=False)
+    elif parameter.kind in _VALUES:
+        found = _complete(ctx, incomplete, partial(_query_texts, query=_VALUES[parameter.kind]))
+    else:
+        found = [CompletionItem(text) for text in [parameter.default or ""] if text and text.startswith(incomplete)]
+    return [CompletionItem(before + space + item.value) for item in found]
+
+
+def _query_texts(cache: Cache, query: str) -> list[str]:
+    with cache.sql(query) as answer:
+        return [text for (text,) in answer.rows]
 
 
 def _complete(ctx: click.Context, incomplete: str, find: Callable[[Cache], list[str]]) -> list[CompletionItem]:
@@ -66,7 +135,8 @@ class _Bash(BashComplete):
 %(complete_func)s() {
     local line="${COMP_LINE:0:COMP_POINT}" word kept item type value
     word="${line##* }"
-    # bash keeps the text before a colon, so completions must leave it out.
+    # bash keeps the text before an equals sign or a colon, so completions must leave it out.
+    [[ "$COMP_WORDBREAKS" == *=* && "$word" == *=* ]] && kept="${word%%=*}="
     [[ "$COMP_WORDBREAKS" == *:* && "$word" == *:* ]] && kept="${word%%:*}:"
     while IFS=, read -r type value; do
         case "$type" in

@@ -1,32 +1,24 @@
 """Load named reports; each is an SQL file that starts with its description.
 
-The first lines of a file are comments: a sentence that describes the report, then a line ``-- :name`` or
-``-- :name default`` for each parameter. A user's report replaces a built-in one of the same name.
+The first lines of a file are comments: a sentence that describes the report, then a line for each parameter, as
+`parameters` describes it. A user's report replaces a built-in one of the same name.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cachedb.errors import InvalidQuery, NotInCache, os_errors
+from cachedb.index.sqlite.database import Database
+from cachedb.reports.parameters import Parameter, convert_value, parse_declaration
 
-__all__ = [
-    "Report",
-    "find_report_folder",
-    "list_reports",
-    "load_built_in",
-    "load_report",
-    "parse_number",
-]
+__all__ = ["Report", "find_report_folder", "list_reports", "load_built_in", "load_report"]
 
 
 _BUILT_IN_FOLDER = Path(__file__).parent / "sql"
-_PARAMETER_LINE = re.compile(r"-- :(\w+)(?: (.*))?")
 
 
 class Report(NamedTuple):
@@ -34,41 +26,61 @@ class Report(NamedTuple):
 
     name: str
     description: str
-    parameters: dict[str, str | None]  # names and defaults; None if a value is required
+    parameters: tuple[Parameter, ...]
     query: str  # SQL
     path: Path
 
-    def list_parameters(self) -> list[str]:
-        """Return the parameters as ``name`` or ``name=default``."""
-        return [name if value is None else f"{name}={value}" for name, value in self.parameters.items()]
+    def assign_values(self, values: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+        """Return the values by parameter: those that are given by name, and others in the order of the declarations.
 
-    def fill_parameters(self, given: Mapping[str, str]) -> dict[str, int | float | str]:
+        Args:
+            values: values without a name; a last parameter for images takes all that are left.
+            given: values by name.
+
+        Raises:
+            InvalidQuery: if there are more values than parameters.
+        """
+        free = [parameter for parameter in self.parameters if parameter.name not in given]
+        if len(values) > len(free):
+            if not free or free[-1].kind != "images":
+                raise InvalidQuery(
+                    f"too many values for the report {self.name!r}: it has {self._describe_parameters()}"
+                )
+            last = len(free) - 1
+            values = [*values[:last], " ".join(values[last:])]
+        return {**given, **{parameter.name: value for parameter, value in zip(free, values, strict=False)}}
+
+    def fill_parameters(self, given: Mapping[str, str], database: Database) -> dict[str, int | float | str]:
         """Return a value for each parameter.
 
         Args:
             given: values that replace the defaults.
+            database: the index in which images are looked up.
 
         Raises:
-            InvalidQuery: if a parameter has no value, or a given parameter does not exist.
+            InvalidName: if a value is not the valid name of an image, and should be.
+            InvalidQuery: if a parameter has no value or one of a wrong type, if an image is not in the cache, or if a
+                given parameter does not exist.
         """
-        values = {**{key: value for key, value in self.parameters.items() if value is not None}, **given}
-        known = ", ".join(self.list_parameters()) or "none"
-        for key in given:
-            if key not in self.parameters:
-                raise InvalidQuery(f"the report {self.name!r} has no parameter {key!r}: it has {known}")
-        for key in self.parameters:
-            if key not in values:
-                raise InvalidQuery(f"the report {self.name!r} needs a value for {key!r}: give one with -p {key}=VALUE")
-        return {key: parse_number(value) for key, value in values.items()}
+        names = {parameter.name for parameter in self.parameters}
+        for name in given:
+            if name not in names:
+                raise InvalidQuery(
+                    f"the report {self.name!r} has no parameter {name!r}: it has {self._describe_parameters()}"
+                )
+        values = {}
+        for parameter in self.parameters:
+            text = given.get(parameter.name, parameter.default)
+            if text is None:
+                raise InvalidQuery(
+                    f"the report {self.name!r} needs a value for {parameter.name!r}: "
+                    f"give one with -p {parameter.name}=VALUE"
+                )
+            values[parameter.name] = convert_value(parameter, text, database)
+        return values
 
-
-def parse_number(text: str) -> int | float | str:
-    """Convert a text to a number if that keeps its exact form; ``1.10``, ``007`` and ``nan`` stay text."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            if repr(found := kind(text)) == text and abs(found) < 1 << 63:  # SQL integers have 64 bits
-                return found
-    return text
+    def _describe_parameters(self) -> str:
+        return ", ".join(map(str, self.parameters)) or "none"
 
 
 def find_report_folder() -> Path:
@@ -118,12 +130,12 @@ def _read_report(path: Path) -> Report:
     with os_errors("read a report"):
         query = path.read_text(encoding="utf-8-sig", errors="replace")
     description: list[str] = []
-    parameters: dict[str, str | None] = {}
+    parameters: dict[str, Parameter] = {}
     for line in query.lstrip().splitlines():
         if not line.startswith("--"):
             break
-        if found := _PARAMETER_LINE.fullmatch(line.rstrip()):
-            parameters[found[1]] = found[2]
+        if found := parse_declaration(line.rstrip()):
+            parameters[found.name] = found
         else:
             description.append(line.removeprefix("--").strip())
-    return Report(path.stem, " ".join(description), parameters, query, path)
+    return Report(path.stem, " ".join(description), tuple(parameters.values()), query, path)

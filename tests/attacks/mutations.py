@@ -602,6 +602,10 @@ MUTATIONS = [
     Mutation("the page shows each platform of an image", "cachedb/reports/image_table.py", '"SELECT name, os, architecture, variant FROM platforms"', '"SELECT name, os, architecture, variant FROM image_usage"', "tests/reports/test_page.py -k several_platforms"),
     Mutation("no name in the map covers a heading", "cachedb/reports/treemap.py", "        if _overlap(label, heading):\n", "        if False:\n", "tests/reports/test_treemap.py"),
     # Results of the library
+    Mutation("a count for a report is not negative", "cachedb/reports/parameters.py", 're.fullmatch("[0-9]{1,18}", text)', 're.fullmatch("-?[0-9]{1,18}", text)', "tests/reports/test_named.py -k wrong_type"),
+    Mutation("days for a report are not negative", "cachedb/reports/parameters.py", "if 0 <= (days := float(text)) < math.inf:", "if (days := float(text)) < math.inf:", "tests/reports/test_named.py -k wrong_type"),
+    Mutation("an image for a report is in the cache", "cachedb/reports/parameters.py", "matching = [full if full in known else _find_image(database, word)]", "matching = [full]", "tests/reports/test_named.py -k wrong_type"),
+    Mutation("a pattern for a report matches an image", "cachedb/reports/parameters.py", "            if not matching:\n", "            if False:\n", "tests/reports/test_named.py -k wrong_type"),
     Mutation("unreferenced blobs are counted", "cachedb/reports/usage.py", "if used < known else Collected(0, 0)", "if False else Collected(0, 0)", "tests/test_cache.py"),
     Mutation("incomplete images are counted", "cachedb/reports/usage.py", "if blob_count < known else 0", "if False else 0", "tests/test_cache.py"),
     Mutation("an imported blob that is stored already is leased", "cachedb/content/publish.py", "            return session.lease(connection, find_intact(connection, database.directory, found))\n", "            return Hold('', 0, frozenset(find_intact(connection, database.directory, found)))\n", "tests/test_cache.py tests/attacks/test_interleavings.py tests/content/test_session.py"),

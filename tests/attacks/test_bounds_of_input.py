@@ -23,7 +23,7 @@ from cachedb.disk.folders import Folders
 from cachedb.index.tables import TEXT_LIMIT
 from cachedb.oci.manifests import DOCUMENT_LIMIT, OCI_MANIFEST
 from cachedb.oci.names import Name
-from cachedb.reports.named import parse_number
+from cachedb.reports.parameters import parse_number
 from cachedb.transports.archive import files, model, tar
 from cachedb.transports.archive.files import Section
 from cachedb.transports.registry import credentials

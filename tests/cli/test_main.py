@@ -403,6 +403,17 @@ def test_bash_completes_commands_names_and_digests(
     assert complete("cachedb rm app:1 a") == ["app:1", "app:12"]
     prefix = MADE.digest[:12]
     assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
+    assert complete("cachedb report largest-i") == ["largest-images"]
+    assert complete("cachedb report largest-images -p l") == ["limit="]
+    assert complete("cachedb report largest-images ") == ["20"]
+    assert complete("cachedb report added-by app:1 app:12") == ["12"]
+    assert complete("cachedb report added-by app:1 app:1 ") == []
+    assert complete("cachedb report freed-by app:1 app:12 a") == ["app:1", "app:12"]
+    assert complete("cachedb report added-by -p over=") == ["app:1", "app:12"], "bash keeps the text before ="
+    assert complete("cachedb report added-by -p over=app:1") == ["1", "12"]
+    assert complete("cachedb report added-by -p over=app:1 ap") == ["app:1", "app:12"]
+    assert complete("cachedb report absent -p ") == []
+    assert complete("cachedb sql -p ") == []
     assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
     assert not (tmp_path / "absent").exists()
 

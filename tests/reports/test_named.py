@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, InvalidQuery, NotInCache
+from cachedb import Cache, InvalidName, InvalidQuery, NotInCache
 from cachedb.reports import named
+from cachedb.reports.parameters import Parameter
 from tests.conftest import Run
 from tests.index.test_schema import change_index
 from tests.support import make
@@ -36,9 +38,12 @@ def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 def run_report(cache: Cache, which: str, /, **given: str) -> list[dict[str, object]]:
     """Return the rows of a report as dicts."""
-    report = named.load_report(which)
-    with cache.sql(report.query, report.fill_parameters(given)) as answer:
+    with cache.run_report(which, given) as answer:
         return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+
+
+VALUES = {"image": "app:1", "images": "app:1 app:2", "size": "1kB", "label": "team", "platform": "linux/amd64"}
+"""A value for each type of a required parameter."""
 
 
 def names(rows: list[dict[str, object]]) -> list[object]:
@@ -50,8 +55,9 @@ def test_every_report_has_a_description_and_runs(cache: Cache) -> None:
     assert len(found) >= 20
     for one in found:
         assert one.description.endswith(".")
-        given = dict.fromkeys((name for name, value in one.parameters.items() if value is None), "app:1")
+        given = {each.name: VALUES[str(each.kind)] for each in one.parameters if each.default is None}
         run_report(cache, one.name, **given)
+        assert all(each.kind for each in one.parameters), "a shipped report checks its parameters"
 
 
 def test_images_are_listed_by_size_and_by_unique_size(cache: Cache) -> None:
@@ -87,8 +93,14 @@ def test_a_report_accepts_names_like_a_command(cachedb: Run, cache: Cache) -> No
     assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, 7)
     (row,) = run_report(cache, "freed-by", names="app  app localhost:5000/app ")
     assert (row["size"], row["images"]) == (cache.remove_manifest("app", dry_run=True).bytes, 2)
-    for absent in ("", " ", "5", 'a"b', "\\", "localhost:5000", "app:1:latest"):
-        assert run_report(cache, "freed-by", names=absent) == [{"blobs": 0, "size": 0, "images": 0}]
+    for empty in ("", " "):
+        assert run_report(cache, "freed-by", names=empty) == [{"blobs": 0, "size": 0, "images": 0}]
+    for absent in ("5", "localhost:5000", "app:3", "app:1 app:3"):
+        with pytest.raises(InvalidQuery, match=r"^invalid value of 'names': \S+ is not in the cache: "):
+            run_report(cache, "freed-by", names=absent)
+    for invalid in ('a"b', "\\", "app:1:latest"):
+        with pytest.raises(InvalidName):
+            run_report(cache, "freed-by", names=invalid)
     assert run_report(cache, "added-by", name="app", over="base:1") == run_report(
         cache, "added-by", name="app:latest", over="base:1"
     )
@@ -163,7 +175,7 @@ def test_layers_are_listed_with_the_command_that_created_them(cache: Cache) -> N
 
 
 @pytest.mark.parametrize("which", ["largest-layers", "layers-used-once"])
-@pytest.mark.parametrize("limit", ["0", "1", "2", "3", "20", "-1"])
+@pytest.mark.parametrize("limit", ["0", "1", "2", "3", "20"])
 def test_the_largest_layers_are_found_among_larger_blobs(cache: Cache, which: str, limit: str) -> None:
     once = "AND images = 1" if which == "layers-used-once" else ""
     everything = f"SELECT digest FROM layers WHERE stored {once} ORDER BY size DESC, digest LIMIT {limit}"
@@ -199,6 +211,105 @@ def test_totals_are_computed_by_repository_and_by_day(cache: Cache) -> None:
     assert names(run_report(cache, "newest", limit="1")) == ["lacking:1"]
 
 
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("which", "name", "value", "reason"),
+    [
+        ("not-used", "days", "abc", "'abc' is not a valid value of 'days': give a number of days such as 30 or 0.5"),
+        ("not-used", "days", "-1", "'-1' is not a valid value of 'days': "),
+        ("not-used", "days", "nan", "'nan' is not a valid value of 'days': "),
+        ("not-used", "days", "inf", "'inf' is not a valid value of 'days': "),
+        ("largest-images", "limit", "-1", "'-1' is not a valid value of 'limit': give a whole number such as 20"),
+        ("largest-images", "limit", "2.5", "'2.5' is not a valid value of 'limit': "),
+        ("largest-images", "limit", "9999999999999999999", "'9999999999999999999' is not a valid value of 'limit': "),
+        ("largest-images", "limit", "", "'' is not a valid value of 'limit': "),
+        ("by-label", "key", "", "'' is not a valid value of 'key': give the key of a label"),
+        ("freed-by", "names", "base:2", "invalid value of 'names': base:2 is not in the cache: "),
+        ("freed-by", "names", "app:1 team/*", "invalid value of 'names': no image matches 'team/*': `cachedb ls` "),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(cache: Cache, which: str, name: str, value: str, reason: str) -> None:
+    with pytest.raises(InvalidQuery, match=f"^{re.escape(reason)}"):
+        run_report(cache, which, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("count", "007", 7),
+        ("days", "0.5", 0.5),
+        ("size", "5GB", 5_000_000_000),
+        ("platform", "Linux/ARM64", "linux/arm64"),
+        ("platform", "linux/arm/v7", "linux/arm/v7"),
+        ("label", "1.10", "1.10"),
+        ("text", "10", "10"),
+        ("image", "app:1", "app:1"),
+        ("image", f"base@{BASE.digest}", "base:1"),
+        ("images", "app:[12] base:1 app:1", '["app:1", "app:2", "base:1"]'),
+    ],
+)
+def test_a_value_is_converted_to_the_type_of_its_parameter(
+    cache: Cache, tmp_path: Path, kind: str, text: str, value: object
+) -> None:
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "mine.sql").write_text(f"-- Mine.\n-- :x:{kind} {text}\nSELECT :x AS x")
+    assert run_report(cache, "mine") == [{"x": value}]
+    assert run_report(cache, "mine", x=text) == [{"x": value}]
+
+
+@pytest.mark.parametrize("text", ["linux", "linux/", "linux/a/b/c", "linux/amd 64"])
+def test_a_platform_has_an_operating_system_and_an_architecture(cache: Cache, tmp_path: Path, text: str) -> None:
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "mine.sql").write_text("-- Mine.\n-- :x:platform\nSELECT :x AS x")
+    with pytest.raises(InvalidQuery, match="give a platform such as linux/arm64"):
+        run_report(cache, "mine", x=text)
+
+
+def test_a_line_with_an_unknown_type_is_a_description(cache: Cache, tmp_path: Path) -> None:
+    """Such a line was a part of the description before parameters had types."""
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "mine.sql").write_text("-- Mine.\n-- :o:smile\n-- :n image\nSELECT :n AS n")
+    (mine,) = [one for one in named.list_reports() if one.name == "mine"]
+    assert (mine.description, mine.parameters) == ("Mine. :o:smile", (Parameter("n", None, "image"),))
+
+
+def test_freed_by_accepts_patterns(cache: Cache) -> None:
+    (row,) = run_report(cache, "freed-by", names="app:* base:1")
+    freed = cache.remove_manifest("app:1", "app:2", "app:stable", "base:1", dry_run=True)
+    assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, 4)
+
+
+def test_values_are_assigned_in_the_order_of_the_parameters(cachedb: Run, cache: Cache) -> None:
+    def run(*arguments: str) -> list[dict[str, object]]:
+        done = cachedb("report", *arguments, "--format", "json")
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout))
+
+    added = run_report(cache, "added-by", name="app:1", over="base:1")
+    assert run("added-by", "app:1", "base:1") == added
+    assert run("added-by", "base:1", "-p", "name=app:1") == added
+    assert run("largest-images", "2") == run_report(cache, "largest-images", limit="2")
+    assert run("freed-by", "app:1", "app:stable") == run_report(cache, "freed-by", names="app:1 app:stable")
+    for arguments in (["garbage", "1"], ["largest-images", "1", "2"], ["added-by", "app:1", "base:1", "app:2"]):
+        failed = cachedb("report", *arguments)
+        assert (failed.returncode, failed.stderr.startswith("cachedb: too many values for the report ")) == (2, True)
+    for arguments in (["not-used", "abc"], ["added-by", "app:1", "nothing"], ["largest-images", "-p", "limit=-1"]):
+        assert cachedb("report", *arguments).returncode == 2
+
+
+def test_a_table_shows_times_and_digests_as_ls_does(cachedb: Run, cache: Cache) -> None:
+    printed = cachedb("report", "largest-images", "1").stdout
+    assert printed.splitlines()[1].endswith("just now")
+    digest = make.digest_of(APP.layers[2])
+    rows = cachedb("report", "added-by", "app:1", "base:1").stdout.splitlines()
+    assert rows[-1].split()[:2] == ["layer", digest[:19]]
+    assert digest in cachedb("report", "added-by", "app:1", "base:1", "--format", "csv").stdout
+    query = "SELECT digest, last_used_at FROM image_usage WHERE name = 'app:1'"
+    assert APP.digest in cachedb("sql", query).stdout, "sql prints what is in the index"
+
+
 # Where reports come from
 
 
@@ -208,7 +319,8 @@ def test_a_users_report_replaces_a_shipped_report_of_the_same_name(cache: Cache,
     (folder / "mine.sql").write_text("-- Mine.\n-- :n 1\n-- :m\nSELECT :n + :m AS sum")
     (folder / "garbage.sql").write_text("SELECT 'theirs' AS name")
     found = {one.name: one for one in named.list_reports()}
-    assert (found["mine"].description, found["mine"].parameters) == ("Mine.", {"n": "1", "m": None})
+    assert found["mine"].description == "Mine."
+    assert found["mine"].parameters == (Parameter("n", None, "1"), Parameter("m", None, None))
     assert run_report(cache, "mine", m="2.5") == [{"sum": 3.5}]
     assert names(run_report(cache, "garbage")) == ["theirs"]
     with pytest.raises(InvalidQuery, match="needs a value for 'm': give one with -p m=VALUE"):
@@ -229,7 +341,7 @@ def test_a_report_may_have_a_byte_order_mark_crlf_and_leading_blank_lines(
     (folder / "folder.sql").mkdir()
     found = {one.name: one for one in named.list_reports()}
     for name in ("with a mark", "late"):
-        assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", {"n": "1"})
+        assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", (Parameter("n", None, "1"),))
         assert run_report(cache, name, n="2") == [{"n": 2}]
         printed = cachedb("report", name, env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "POSIX"})
         assert printed.stdout == "n\n1\n"
@@ -259,7 +371,7 @@ def test_report_html_writes_a_page_about_the_whole_cache(cachedb: Run, cache: Ca
 def test_reports_are_printed_in_every_format(cachedb: Run, cache: Cache) -> None:
     assert "largest-images      limit=20" in cachedb("report", "--list").stdout
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
-    assert {"report", "description", "parameters", "path"} == set(listed[0])
+    assert set(listed[0]) == {"name", "description", "parameters", "types", "path", "report"}
     assert ",limit=20," in cachedb("report", "--list", "--format", "csv").stdout
     printed = cachedb("report", "largest-unique", "-p", "limit=1").stdout.splitlines()
     assert (printed[0].split(), len(printed)) == (["name", "unique_size", "size", "freed_size"], 2)

@@ -1,8 +1,7 @@
 -- Blobs of one image that another image does not have.
--- :name
--- :over
+-- :name:image
+-- :over:image
 SELECT role, digest, size, created_by
 FROM image_contents
-WHERE name IN (:name, :name || ':latest')
-    AND digest NOT IN (SELECT digest FROM image_contents WHERE name IN (:over, :over || ':latest'))
+WHERE name = :name AND digest NOT IN (SELECT digest FROM image_contents WHERE name = :over)
 ORDER BY position

@@ -1,5 +1,5 @@
 -- The largest repositories, by the total size of their images.
--- :limit 20
+-- :limit:count 20
 WITH largest AS MATERIALIZED (
     SELECT repository, size FROM repository_usage ORDER BY size DESC, repository LIMIT :limit
 )

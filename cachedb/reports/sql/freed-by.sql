@@ -1,13 +1,9 @@
--- Bytes freed by removing these images together; separate the names by spaces or line breaks.
--- :names
-WITH listed AS (
-    SELECT value AS name
-    FROM json_each('[' || replace(json_quote(replace(:names || '', char(10), ' ')), ' ', '","') || ']')
-), wanted AS (
-    SELECT name FROM listed UNION ALL SELECT name || ':latest' FROM listed -- the default tag
-), chosen AS (
+-- Bytes freed by removing these images together; a name may be a pattern such as team/*.
+-- :names:images
+WITH chosen AS (
     SELECT id FROM images
-    WHERE repository || CASE WHEN instr(reference, ':') THEN '@' ELSE ':' END || reference IN (SELECT name FROM wanted)
+    WHERE repository || CASE WHEN instr(reference, ':') THEN '@' ELSE ':' END || reference
+        IN (SELECT value FROM json_each(:names))
 )
 SELECT count(*) AS blobs, coalesce(sum(size), 0) AS size, (SELECT count(*) FROM chosen) AS images
 FROM blobs AS b

@@ -1,5 +1,5 @@
 -- The largest images.
--- :limit 20
+-- :limit:count 20
 WITH largest AS MATERIALIZED (
     SELECT repository, reference, size FROM image_usage ORDER BY size DESC, name LIMIT :limit
 )

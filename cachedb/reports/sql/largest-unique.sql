@@ -1,5 +1,5 @@
 -- The images with the most unique bytes.
--- :limit 20
+-- :limit:count 20
 WITH largest AS MATERIALIZED (
     SELECT one.image_id, sum(b.size) AS unique_size
     FROM (

@@ -1,5 +1,5 @@
 -- The largest layers that only one image uses.
--- :limit 20
+-- :limit:count 20
 WITH large AS MATERIALIZED (
     SELECT digest FROM blobs WHERE stored_at IS NOT NULL ORDER BY size DESC LIMIT :limit + 10000
 ), least AS MATERIALIZED (

@@ -1,5 +1,5 @@
 -- The layers that the most images use.
--- :limit 20
+-- :limit:count 20
 WITH shared AS MATERIALIZED (
     SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)
 )

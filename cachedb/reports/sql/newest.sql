@@ -1,4 +1,4 @@
 -- The most recently added images.
--- :limit 20
+-- :limit:count 20
 SELECT name, created_at AS added, created
 FROM image_ages ORDER BY created_at DESC, name LIMIT :limit
