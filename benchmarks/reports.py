@@ -26,6 +26,9 @@ GIVEN = {  # parameters of reports
     "freed-by": {"names": "team/app-1:0 team/app-2:0"},
     "added-by": {"name": "team/app-1:0", "over": "base/1:1"},
     "by-label": {"key": "version"},
+    "differences": {"name": "team/app-1:0", "other": "team/app-1:1"},
+    "to-free": {"size": "500GB"},
+    "usage-by": {"key": "version"},
 }
 WRITER = """
 import sys, time

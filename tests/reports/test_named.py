@@ -201,6 +201,60 @@ def test_added_by_lists_the_blobs_that_one_image_adds_to_another(cache: Cache) -
     ]
 
 
+def test_usage_by_counts_a_blob_once_for_each_value_of_a_label(cache: Cache) -> None:
+    change_index(
+        cache.directory,
+        "INSERT INTO image_labels SELECT id, 'team', CASE reference WHEN '2' THEN 'two' ELSE 'one' END "
+        "FROM images WHERE repository = 'app'",
+    )
+    one, two, rest = sorted(run_report(cache, "usage-by", key="team"), key=lambda row: str(row["value"] or "zero"))
+    assert [(row["value"], row["images"]) for row in (one, two, rest)] == [("one", 2), ("two", 1), (None, 2)]
+    shared = sum(map(len, BASE.layers))  # the layers of base:1, which all others have
+    assert one["size"] == sum(map(len, APP.blobs.values()))
+    assert [row["shared_size"] for row in (one, two, rest)] == [shared] * 3
+    assert two["unique_size"] == sum(map(len, OTHER.blobs.values())) - shared
+    assert (two["freed_size"], rest["missing_size"]) == (
+        two["unique_size"],
+        sum(map(len, make.image(9).blobs.values())) - len(make.image(9).manifest),
+    )
+    (all_of_them,) = run_report(cache, "usage-by", key="absent")
+    assert (all_of_them["value"], all_of_them["images"], all_of_them["shared_size"]) == (None, 5, 0)
+
+
+def test_to_free_lists_the_least_recently_used_images_up_to_a_size(cache: Cache) -> None:
+    for day, reference in enumerate(("2", "stable", "1"), 1):
+        time = f"2026-01-0{day}T00:00:00.000000Z"
+        change_index(cache.directory, f"UPDATE images SET last_used_at = '{time}' WHERE reference = '{reference}'")
+    own = cache.remove_manifest("app:2", dry_run=True).bytes
+    assert names(run_report(cache, "to-free", size="0")) == []
+    assert names(run_report(cache, "to-free", size=str(own))) == ["app:2"]
+    assert names(run_report(cache, "to-free", size=str(own + 1))) == ["app:2", "app:stable", "base:1"]
+    assert len(run_report(cache, "to-free", size="1GB")) == 5
+    cache.add_hold("app:2")
+    held = run_report(cache, "to-free", size=str(own))
+    assert (held[0]["freed_size"], len(held)) == (0, 5), "a held blob is not freed"
+    assert held[-1]["total_freed_size"] == cache.remove_manifest(*map(str, names(held)), dry_run=True).bytes
+
+
+def test_differences_lists_what_only_one_of_two_images_has(cache: Cache) -> None:
+    assert run_report(cache, "differences", name="app:1", other="app:stable") == []
+    made = make.image(1, 2, 3, architecture="arm64")
+    make.save(cache, "app:arm", made)
+    change_index(
+        cache.directory, "INSERT INTO image_labels SELECT id, 'team', 'one' FROM images WHERE reference = 'arm'"
+    )
+    rows = run_report(cache, "differences", name="app:1", other="app:arm")
+    assert [(row["name"], row["part"], row["digest"] or row["detail"]) for row in rows] == [
+        ("app:1", "manifest", APP.digest),
+        ("app:1", "config", make.digest_of(APP.config)),
+        ("app:arm", "manifest", made.digest),
+        ("app:arm", "config", make.digest_of(made.config)),
+        ("app:1", "architecture", "amd64"),
+        ("app:arm", "architecture", "arm64"),
+        ("app:arm", "label", "team=one"),
+    ]
+
+
 def test_totals_are_computed_by_repository_and_by_day(cache: Cache) -> None:
     found = {row["repository"]: row["images"] for row in run_report(cache, "by-repository")}
     assert found == {"base": 1, "app": 3, "lacking": 1}
