@@ -589,6 +589,8 @@ MUTATIONS = [
     Mutation("a number in a cell stays a number", "cachedb/cli/output.py", " and not _NUMBER.fullmatch(value):", ":", "tests/index/sqlite/test_query.py -k number"),
     Mutation("a cell of Markdown contains no HTML", "cachedb/cli/output.py", "html.escape(re.sub", "str(re.sub", "tests/index/sqlite/test_query.py -k markdown"),
     Mutation("a terminal gets no escape sequence in a cell", "cachedb/cli/output.py", "return printable(value) if is_terminal else value", "return value", "tests/index/sqlite/test_query.py -k terminal"),
+    Mutation("a suggested name is in scope", "cachedb/index/sqlite/mistakes.py", " and name not in changed)", ")", "tests/index/sqlite/test_query.py -k suggests"),
+    Mutation("a suggested column is one of the qualifier's table", "cachedb/index/sqlite/mistakes.py", "            if changed is None or", "            if True or", "tests/index/sqlite/test_query.py -k suggests"),
     Mutation("a connection for queries is read-only", "cachedb/index/sqlite/query.py", '    connection.execute("PRAGMA query_only = ON")\n', "", "tests/index/sqlite/test_query.py"),
     Mutation("noting a use waits for no lock", "cachedb/index/sqlite/database.py", "else locks.acquire(self.write_lock, wait=False)\n", "else locks.acquire(self.write_lock)\n", "tests/content/test_last_used.py"),
     # The HTML page

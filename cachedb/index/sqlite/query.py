@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import marshal
 import re
 import sqlite3
@@ -19,6 +18,7 @@ from cachedb.callbacks import Callbacks
 from cachedb.disk import forks
 from cachedb.errors import CacheError, InvalidQuery, os_errors, query_timeout_error
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.mistakes import find_mistake
 from cachedb.text import format_age, format_size
 
 __all__ = ["Answer", "run_query"]
@@ -73,11 +73,6 @@ _FUNCTIONS: Final = frozenset(
 )
 _REFUSAL = re.compile(
     r"not authorized|authorization denied|attempt to write|cannot (?:modify|VACUUM)|.* may not be modified"
-)
-_NAMING_ERROR = re.compile(
-    r"(?:no such (?:column|table|function|window)|ambiguous column name|unrecognized token|near"
-    r"|wrong number of arguments to function|misuse of (?:aggregate|window)(?: function)?)"
-    r':? ("?)(.+?)\1(?:$|: syntax|\(\)$)'
 )
 
 
@@ -330,8 +325,8 @@ def _translate_errors(
         if message.startswith("You can only execute one statement"):
             raise InvalidQuery("only one query is allowed at a time: run the others separately") from None
         connection.set_authorizer(None)
-        place = _find_place(connection, query, message)
-        raise InvalidQuery(message + _suggest_name(connection, query, message), place) from None
+        place, hint = find_mistake(connection, query, message)
+        raise InvalidQuery(message + hint, place) from None
 
 
 def _set_limits(connection: sqlite3.Connection) -> None:
@@ -445,28 +440,6 @@ def _as_text(value: Any) -> str:  # noqa: ANN401
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _find_place(connection: sqlite3.Connection, query: str, message: str) -> tuple[int, int] | None:
-    """Return where the error is in a query: its start and end in characters, or None if unknown."""
-    named = _NAMING_ERROR.match(message)
-    if named is None:
-        return (len(query.rstrip()), len(query.rstrip())) if message == "incomplete input" else None
-    word = named[2].rpartition(".")[2]
-    # Strings and comments contain no names.
-    bare = re.sub(r"'[^']*'|--.*|/\*(?s:.*?)\*/", lambda match: " " * len(match[0]), query)
-    found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", bare, re.IGNORECASE)]
-    if not found:
-        found = [match.span() for match in re.finditer(re.escape(word), query)]
-    if message.startswith("near"):
-        # SQLite does not say which occurrence it means: it is the first up to which the query gives the same error.
-        for start, stop in found:
-            try:
-                connection.execute(f"EXPLAIN {query[:stop]}").close()
-            except sqlite3.Error as error:
-                if str(error) == message:
-                    return start, stop
-    return found[0] if found else None
-
-
 def _human(size: Value) -> str | None:
     return format_size(size) if isinstance(size, (int, float)) else None
 
@@ -477,19 +450,3 @@ def _ago(time: Value) -> str | None:
     except ValueError:
         return None
     return None if then is None else format_age(then if then.tzinfo else then.replace(tzinfo=UTC))
-
-
-def _suggest_name(connection: sqlite3.Connection, query: str, message: str) -> str:
-    """Return a hint with the known name that is closest to an unknown table or column, or an empty text."""
-    named = re.match(r"no such (column|table): (?:\w+\.)?(\w+)", message)
-    if named is None:
-        return ""
-    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'table')")]
-    if named[1] == "column":
-        columns = "SELECT name FROM pragma_table_info(?)"
-        mentioned = [name for name in tables if re.search(rf"\b{re.escape(name)}\b", query, re.IGNORECASE)]
-        known = {column for name in mentioned for (column,) in connection.execute(columns, (name,))}
-    else:
-        known = set(tables)
-    near = difflib.get_close_matches(named[2].lower(), sorted(known), 1)
-    return f": did you mean {near[0]}?" if near else ""

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -150,12 +151,40 @@ def test_an_error_has_the_place_of_the_mistake(cache: Cache, query: str, marked:
         ("SELECT g.sise FROM garbage AS g", "size"),
         ("SELECT 1 FROM image_use", "image_usage"),
         ("SELECT xyzzy FROM garbage", None),
+        ("SELECT nme FROM image_usage, garbage", "name"),
+        # The similar name must be a column of the table that the qualifier names, and be in scope.
+        ("SELECT g.stored FROM garbage AS g, blob_usage AS b", "stored_at"),
+        ("SELECT g.nme FROM garbage AS g, labels AS l", None),
+        ("SELECT imags FROM (SELECT repository FROM repository_usage)", None),
+        ("SELECT imags FROM (SELECT images FROM repository_usage)", "images"),
+        ("WITH sums AS (SELECT sum(size) AS total FROM blobs) SELECT totl FROM sums", "total"),
+        ("WITH sums AS (SELECT 1 AS total) SELECT total FROM sum", "sums"),
+        ("SELECT image_usge.name FROM image_usage", "image_usage.name"),
+        ("SELECT us.name FROM image_usage AS usg", "usg.name"),
+        ("SELECT nme, sze FROM image_usage WHERE blobs > :least", "name"),
+        ("SELECT 'nme', name -- nme\nFROM labels WHERE nme = 'nme'", "name"),
+        ("EXPLAIN SELECT nme FROM labels", "name"),
+        ("SELECT main.labels.nme FROM labels", "name"),
     ],
 )
 def test_an_error_suggests_a_similar_name(cache: Cache, query: str, suggestion: str | None) -> None:
     with pytest.raises(InvalidQuery) as caught:
         run_query(cache, query)
-    assert str(caught.value).endswith(f": did you mean {suggestion}?") is (suggestion is not None)
+    assert re.findall(r": did you mean (.*)\?$", str(caught.value)) == ([suggestion] if suggestion else [])
+
+
+def test_an_error_names_the_views_that_have_the_column(cache: Cache) -> None:
+    with pytest.raises(InvalidQuery, match=r"^no such column: freed_size: it is a column of image_usage, repository_"):
+        run_query(cache, "SELECT freed_size FROM labels")
+    with pytest.raises(InvalidQuery, match=r"^no such column: size$"):
+        run_query(cache, "SELECT size FROM labels")
+
+
+def test_the_place_of_an_unknown_name_is_where_the_suggested_name_works(cache: Cache) -> None:
+    query = "SELECT (SELECT names FROM (SELECT 1 AS names)), names FROM labels"
+    with pytest.raises(InvalidQuery, match=r"did you mean name\?$") as caught:
+        run_query(cache, query)
+    assert caught.value.place == (query.rindex("names"), query.rindex("names") + 5)
 
 
 @pytest.mark.parametrize("query", ["", "  \n", "-- nothing", ";"])
