@@ -29,6 +29,7 @@ __all__ = [
     "dry_run_option",
     "format_examples",
     "format_option",
+    "no_header_option",
     "parameters_option",
     "quiet_option",
     "registry_options",
@@ -195,6 +196,9 @@ row_format_option = click.option(
     show_default=True,
     help="How to print the rows. ndjson, csv, tsv and markdown print each row as soon as it is found. In csv and tsv, "
     "text that a spreadsheet would run as a formula starts with a '.",
+)
+no_header_option = click.option(
+    "--no-header", "header", flag_value=False, default=True, help="Print no line with the names of the columns."
 )
 timeout_option = click.option(
     "--timeout",

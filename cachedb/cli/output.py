@@ -52,18 +52,20 @@ def _to_json(value: object) -> str:
     return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> None:
-    """Print a table; the columns in ``right`` are aligned to the right."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = (), *, header: bool = True
+) -> None:
+    """Print a table, without headings unless ``header``; the columns in ``right`` are aligned to the right."""
     headings = list(map(printable, columns))
     rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        _print_columns(headings, rows, list(map(printable, right)))
+        _print_columns(headings, rows, list(map(printable, right)), header=header)
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=header)
     for column, heading in zip(columns, headings, strict=True):
         table.add_column(Text(heading), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -71,10 +73,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Co
     Console(highlight=False).print(table)
 
 
-def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Collection[str]) -> None:
+def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Collection[str], *, header: bool) -> None:
     """Print a table into a pipe or file, one line per row; importing rich would slow `ls` down by a tenth."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
+    lines = [columns, *rows] if header else rows
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         cells = (
             cell.rjust(width) if column in right else cell.ljust(width)
             for cell, width, column in zip(row, widths, columns, strict=True)
@@ -82,7 +85,9 @@ def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Col
         click.echo("  ".join(cells).rstrip())
 
 
-def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str, *, short: bool = False) -> None:
+def print_rows(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str, *, short: bool = False, header: bool = True
+) -> None:
     """Print the rows of a query, each as soon as it arrives; print a table when all rows have arrived.
 
     Args:
@@ -91,10 +96,11 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         form: one of `ROW_FORMATS`.
         short: in a table, print the columns ``size`` and ``..._size`` like ``1.23 MB``, times like ``2 days ago``, and
             the first digits of digests.
+        header: print the names of the columns first, in a table, CSV, TSV or Markdown.
     """
     write = sys.stdout.write
     if form == "table":
-        _print_values(columns, list(rows), short=short)
+        _print_values(columns, list(rows), short=short, header=header)
     elif form in ("json", "ndjson"):
         import json
 
@@ -111,7 +117,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
             write(f"{',' if number else ''}\n  {line}")
         write("\n]\n")
     elif form == "markdown":
-        for row in chain((columns, ["---"] * len(columns)), rows):
+        for row in chain((columns, ["---"] * len(columns)) if header else (), rows):
             write(f"| {' | '.join(map(_escape_markdown, row))} |\n")
     else:
         import csv
@@ -121,7 +127,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         # Before 3.13, Python quotes a carriage return only if the line terminator contains one.
         writer = csv.writer(buffer, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
         is_terminal = sys.stdout.isatty()
-        for row in chain([columns], rows):
+        for row in chain([columns] if header else [], rows):
             writer.writerow([_format_csv_cell(value, is_terminal=is_terminal) for value in row])
             write(buffer.getvalue().removesuffix("\r\n") + "\n")
             buffer.seek(0)
@@ -158,7 +164,7 @@ def _make_distinct(columns: Sequence[str]) -> list[str]:
     return names
 
 
-def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, short: bool) -> None:
+def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, short: bool, header: bool) -> None:
     if not rows and sys.stdout.isatty():
         click.echo("no rows", err=True)
     numbers = [name for index, name in enumerate(columns) if all(_is_number(row[index]) for row in rows)]
@@ -167,7 +173,7 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, short: b
     if rows and sys.stdout.isatty() and not _fits(columns, cells):
         _print_vertical(columns, cells)
     else:
-        print_table(columns, cells, right=numbers)
+        print_table(columns, cells, right=numbers, header=header)
 
 
 def _format_named(_column: str, value: object) -> str:

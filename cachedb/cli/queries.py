@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import complete_with, format_examples, parameters_option, row_format_option, timeout_option
+from cachedb.cli.options import (
+    complete_with,
+    format_examples,
+    no_header_option,
+    parameters_option,
+    row_format_option,
+    timeout_option,
+)
 from cachedb.cli.output import print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
@@ -38,9 +45,16 @@ __all__ = []
 @click.option("--schema", is_flag=True, help="Print the SQL of the tables, indexes and views.")
 @parameters_option
 @row_format_option
+@no_header_option
 @timeout_option
 def sql(
-    query: str | None, file: str | None, schema: bool, parameters: dict[str, str], form: str, seconds: int | None
+    query: str | None,
+    file: str | None,
+    schema: bool,
+    parameters: dict[str, str],
+    form: str,
+    header: bool,
+    seconds: int | None,
 ) -> None:
     """Query the index with SQL; without a query, list the views.
 
@@ -64,13 +78,20 @@ def sql(
         with open_cache(existing=True) as cache:
             views = cache.list_views()
         if form == "table":
-            print_table(("VIEW", "DESCRIPTION"), [(view.name, view.description) for view in views])
+            print_table(("VIEW", "DESCRIPTION"), [(view.name, view.description) for view in views], header=header)
         else:
-            rows = [(view.name, view.description, " ".join(column.name for column in view.columns)) for view in views]
-            print_rows(("view", "description", "columns"), rows, form)
+            listing = [
+                (view.name, view.name, view.description, " ".join(column.name for column in view.columns))
+                for view in views
+            ]
+            columns = ("name", "view", "description", "columns")  # `view` is the old name of the first
+            skipped = 0 if form in ("json", "ndjson") else 1
+            print_rows(columns[skipped:], [row[skipped:] for row in listing], form, header=header)
         return
     values = {name: parse_number(value) for name, value in parameters.items()}
-    _print_answer(query, lambda cache: cache.sql(query, values, timeout=seconds, stream=True), form, seconds)
+    _print_answer(
+        query, lambda cache: cache.sql(query, values, timeout=seconds, stream=True), form, seconds, header=header
+    )
 
 
 @contextmanager
@@ -100,6 +121,7 @@ def _print_answer(
     form: str,
     seconds: int | None,
     *,
+    header: bool,
     is_report: bool = False,
 ) -> None:
     watcher = StepWatcher(seconds)
@@ -110,7 +132,10 @@ def _print_answer(
             _use_idle_priority(),
             ask(cache) as found,
         ):
-            print_rows(found.columns, watcher.watch_rows(found.rows), form, short=is_report)
+            rows = watcher.watch_rows(found.rows)
+            if form in ("json", "ndjson"):
+                rows = _with_booleans(found.columns, rows)
+            print_rows(found.columns, rows, form, short=is_report, header=header)
             sys.stdout.flush()
     except InvalidQuery as error:
         if received_signals:  # SQLite replaces what a signal handler raises inside `human` or `ago`
@@ -124,6 +149,18 @@ def _print_answer(
         marked = f"  {printable(text)}\n  {' ' * len(printable(text[:column]))}{'^' * max(stop - start, 1)}"
         print(f"cachedb: {printable(str(error))}, in line {line + 1}:\n{marked}", file=sys.stderr)
         click.get_current_context().exit(2)
+
+
+def _with_booleans(columns: Sequence[str], rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows with true and false in the columns that are named like the boolean columns of the views."""
+    from cachedb.reports.views import BOOLEAN_COLUMNS
+
+    are_booleans = [column in BOOLEAN_COLUMNS for column in columns]
+    for row in rows:
+        yield tuple(
+            bool(value) if is_boolean and value in (0, 1) else value
+            for value, is_boolean in zip(row, are_booleans, strict=True)
+        )
 
 
 @click.command(
@@ -141,6 +178,7 @@ def _print_answer(
 @click.option("--html", "file", metavar="FILE", type=click.Path(), help="Write an HTML page about the whole cache.")
 @parameters_option
 @row_format_option
+@no_header_option
 @timeout_option
 def report(
     name: str | None,
@@ -149,6 +187,7 @@ def report(
     file: str | None,
     parameters: dict[str, str],
     form: str,
+    header: bool,
     seconds: int | None,
 ) -> None:
     """Run a named SQL report, or write an HTML page of the whole cache.
@@ -172,7 +211,7 @@ def report(
     if file:
         _write_page(file)
     elif list_:
-        _list_reports(form)
+        _list_reports(form, header=header)
     else:
         from cachedb.reports.named import load_report
 
@@ -182,7 +221,7 @@ def report(
         def run(cache: Cache) -> AbstractContextManager[Answer]:
             return cache.run_report(chosen.name, given, timeout=seconds, stream=True)
 
-        _print_answer(chosen.query, run, form, seconds, is_report=True)
+        _print_answer(chosen.query, run, form, seconds, header=header, is_report=True)
 
 
 def _write_page(file: str) -> None:
@@ -201,13 +240,13 @@ def _write_page(file: str) -> None:
         raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
 
 
-def _list_reports(form: str) -> None:
+def _list_reports(form: str, *, header: bool) -> None:
     from cachedb.reports.named import list_reports
 
     found = list_reports()
     if form == "table":
         listing = [(entry.name, " ".join(map(str, entry.parameters)), entry.description) for entry in found]
-        print_table(("REPORT", "PARAMETERS", "DESCRIPTION"), listing)
+        print_table(("REPORT", "PARAMETERS", "DESCRIPTION"), listing, header=header)
         return
     if form in ("json", "ndjson"):
         columns: tuple[str, ...] = ("name", "description", "parameters", "types", "path", "report")
@@ -225,7 +264,7 @@ def _list_reports(form: str) -> None:
     else:
         columns = ("report", "description", "parameters", "path")
         rows = [(entry.name, entry.description, " ".join(map(str, entry.parameters)), entry.path) for entry in found]
-    print_rows(columns, rows, form)
+    print_rows(columns, rows, form, header=header)
 
 
 def _write_atomically(file: str, text: str) -> None:

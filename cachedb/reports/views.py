@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
 from cachedb.index.sqlite.database import Database
 
-__all__ = ["Column", "View", "list_views"]
+__all__ = ["BOOLEAN_COLUMNS", "Column", "View", "list_views"]
+
+
+BOOLEAN_COLUMNS: Final = frozenset({"complete", "held", "stored"})
+"""The columns of views that are 1 or 0 for yes or no; SQLite has no type for them."""
 
 
 _COLUMN_LINE = re.compile(r"^    (.+) AS (\w+),? -- (.*)$", re.MULTILINE)

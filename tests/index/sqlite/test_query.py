@@ -591,9 +591,30 @@ def test_a_query_is_read_from_a_file_or_stdin(cachedb: Run, cache: Cache, tmp_pa
     assert cachedb("sql", "--schema", "SELECT 1").returncode == 2
 
 
+WITHOUT_HEADER = {"table": "app:1  4\n", "csv": "app:1,4\n", "tsv": "app:1\t4\n", "markdown": "| app:1 | 4 |\n"}
+
+
+@pytest.mark.parametrize("form", WITHOUT_HEADER)
+def test_no_header_leaves_out_the_names_of_the_columns(cachedb: Run, cache: Cache, form: str) -> None:
+    query = "SELECT name, blobs FROM image_usage"
+    assert cachedb("sql", "--no-header", "--format", form, query).stdout == WITHOUT_HEADER[form]
+    assert cachedb("sql", "--no-header", "--format", form, f"{query} WHERE 0").stdout == ""
+    assert cachedb("report", "--no-header", "--format", form, "garbage").stdout == ""
+
+
+def test_json_has_booleans_in_the_boolean_columns_of_the_views(cachedb: Run, cache: Cache) -> None:
+    query = "SELECT complete, blobs = 4 AS four, 7 AS held, NULL AS stored FROM image_usage"
+    (row,) = json.loads(cachedb("sql", "--format", "json", query).stdout)
+    assert row == {"complete": True, "four": 1, "held": 7, "stored": None}
+    assert row["complete"] is True
+    assert cachedb("sql", "--format", "csv", "SELECT complete FROM image_usage").stdout == "complete\n1\n"
+
+
 def test_sql_without_a_query_lists_the_views_and_the_schema_is_valid_sql(cachedb: Run, cache: Cache) -> None:
     assert "image_usage  " in cachedb("sql").stdout
-    assert "image_usage" in [view["view"] for view in json.loads(cachedb("sql", "--format", "json").stdout)]
+    views = json.loads(cachedb("sql", "--format", "json").stdout)
+    assert "image_usage" in [view["name"] for view in views]
+    assert all(view["view"] == view["name"] for view in views), "the old key"
     shell = sqlite3.connect(":memory:")
     shell.executescript(cachedb("sql", "--schema").stdout)
     assert shell.execute("SELECT count(*) FROM image_usage").fetchone() == (0,)
