@@ -164,7 +164,8 @@ def test_the_configuration_page_has_every_variable_that_the_code_reads() -> None
     described = table("reference/configuration.md", "Environment variables")
     ours = {name for row in described for name in row.split(", ")}
     # Python, OpenSSL and platformdirs read these.
-    others = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_CACHE_HOME", "TMPDIR"}
+    others = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "TMPDIR"}
+    others |= {"XDG_CACHE_HOME", "XDG_STATE_HOME"}
     internal = {"COMP_WORDS", "_CACHEDB_COMPLETE", "CACHEDB_COMPLETE"}
     assert read - internal == ours - others
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,12 +25,13 @@ from cachedb.cli.output import print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
 from cachedb.cli.streams import get_stdout, read_text
-from cachedb.errors import InvalidQuery, explain
+from cachedb.errors import CacheError, InvalidQuery, explain
 from cachedb.text import printable
 
 if TYPE_CHECKING:
     from cachedb.cache import Cache
     from cachedb.index.sqlite.query import Answer
+    from cachedb.reports.views import View
 
 __all__ = []
 
@@ -56,11 +59,13 @@ def sql(
     header: bool,
     seconds: int | None,
 ) -> None:
-    """Query the index with SQL; without a query, list the views.
+    """Query the index with SQL; without a query, open a prompt or list the views.
 
     QUERY is written in SQLite's SQL, with the extra functions human(bytes) and ago(time); - reads it from stdin. A
     query only reads, blocks no writer, and runs at the lowest priority. docs/reference/sql.md describes the columns of
     each view.
+
+    Without a query, a terminal gets a prompt with a history and completion. Elsewhere the views are listed.
     """
     from cachedb.reports.parameters import parse_number
 
@@ -74,24 +79,49 @@ def sql(
         return
     if query == "-" or file is not None:
         query = read_text("-" if file is None else file, "the query")
-    if query is None:
-        with open_cache(existing=True) as cache:
-            views = cache.list_views()
-        if form == "table":
-            print_table(("VIEW", "DESCRIPTION"), [(view.name, view.description) for view in views], header=header)
-        else:
-            listing = [
-                (view.name, view.name, view.description, " ".join(column.name for column in view.columns))
-                for view in views
-            ]
-            columns = ("name", "view", "description", "columns")  # `view` is the old name of the first
-            skipped = 0 if form in ("json", "ndjson") else 1
-            print_rows(columns[skipped:], [row[skipped:] for row in listing], form, header=header)
-        return
     values = {name: parse_number(value) for name, value in parameters.items()}
-    _print_answer(
-        query, lambda cache: cache.sql(query, values, timeout=seconds, stream=True), form, seconds, header=header
-    )
+    if query is not None:
+        with open_cache(existing=True) as cache, _explaining(query):
+            _print_answer(partial(cache.sql, query, values, stream=True), form, seconds, header=header)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        _run_prompt(values, form, seconds, header=header)
+    else:
+        with open_cache(existing=True) as cache:
+            _list_views(cache, form, header=header)
+
+
+def _column_names(view: View) -> list[str]:
+    return [column.name for column in view.columns]
+
+
+def _list_views(cache: Cache, form: str, *, header: bool) -> None:
+    views = cache.list_views()
+    if form == "table":
+        print_table(("VIEW", "DESCRIPTION"), [(view.name, view.description) for view in views], header=header)
+    else:
+        listing = [(view.name, view.name, view.description, " ".join(_column_names(view))) for view in views]
+        columns = ("name", "view", "description", "columns")  # `view` is the old name of the first
+        skipped = 0 if form in ("json", "ndjson") else 1
+        print_rows(columns[skipped:], [row[skipped:] for row in listing], form, header=header)
+
+
+def _run_prompt(values: dict[str, int | float | str], form: str, seconds: int | None, *, header: bool) -> None:
+    """Answer queries that are typed at a prompt, until its end."""
+    from cachedb.cli.sql_prompt import run_prompt
+    from cachedb.index.sqlite.query import is_complete
+
+    with open_cache(existing=True) as cache:
+
+        def execute(query: str) -> None:
+            own = {name: value for name, value in values.items() if re.search(rf"[:@$]{re.escape(name)}\b", query)}
+            try:
+                _print_answer(partial(cache.sql, query, own, stream=True), form, seconds, header=header)
+            except CacheError as error:
+                print(_mark_mistake(query, error), file=sys.stderr)
+
+        columns = {view.name: _column_names(view) for view in cache.list_views()}
+        commands: dict[str, Callable[[str], None]] = {".views": lambda _: _list_views(cache, form, header=header)}
+        run_prompt(execute, commands, is_complete, columns)
 
 
 @contextmanager
@@ -116,8 +146,7 @@ def _use_idle_priority() -> Iterator[None]:
 
 
 def _print_answer(
-    query: str,
-    ask: Callable[[Cache], AbstractContextManager[Answer]],
+    ask: Callable[..., AbstractContextManager[Answer]],
     form: str,
     seconds: int | None,
     *,
@@ -127,28 +156,45 @@ def _print_answer(
     watcher = StepWatcher(seconds)
     try:
         with (
-            open_cache(existing=True) as cache,
             watcher.watching(),  # before the priority is lowered: the thread must run while other processes compute
             _use_idle_priority(),
-            ask(cache) as found,
+            ask(timeout=seconds) as found,
         ):
             rows = watcher.watch_rows(found.rows)
             if form in ("json", "ndjson"):
                 rows = _with_booleans(found.columns, rows)
             print_rows(found.columns, rows, form, short=is_report, header=header)
             sys.stdout.flush()
-    except InvalidQuery as error:
+    except InvalidQuery:
         if received_signals:  # SQLite replaces what a signal handler raises inside `human` or `ago`
             raise KeyboardInterrupt from None
+        raise
+
+
+@contextmanager
+def _explaining(query: str) -> Iterator[None]:
+    """Print an error with its place in the query, if it has one, and exit with 2."""
+    try:
+        yield
+    except InvalidQuery as error:
         if error.place is None:
             raise
-        start, stop = error.place
-        line = query.count("\n", 0, start)
-        text = query.splitlines()[line] if query else ""
-        column = start - (query.rfind("\n", 0, start) + 1)
-        marked = f"  {printable(text)}\n  {' ' * len(printable(text[:column]))}{'^' * max(stop - start, 1)}"
-        print(f"cachedb: {printable(str(error))}, in line {line + 1}:\n{marked}", file=sys.stderr)
+        print(_mark_mistake(query, error), file=sys.stderr)
         click.get_current_context().exit(2)
+
+
+def _mark_mistake(query: str, error: CacheError) -> str:
+    """Return the message of an error, and the line of the query with a mark below the mistake, if it is known."""
+    message = f"cachedb: {printable(str(error))}"
+    place = error.place if isinstance(error, InvalidQuery) else None
+    if place is None:
+        return message
+    start, stop = place
+    line = query.count("\n", 0, start)
+    text = query.splitlines()[line] if query else ""
+    column = start - (query.rfind("\n", 0, start) + 1)
+    mark = f"{' ' * len(printable(text[:column]))}{'^' * max(stop - start, 1)}"
+    return f"{message}, in line {line + 1}:\n  {printable(text)}\n  {mark}"
 
 
 def _with_booleans(columns: Sequence[str], rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -217,11 +263,9 @@ def report(
 
         chosen = load_report(name or "")
         given = chosen.assign_values(values, parameters)
-
-        def run(cache: Cache) -> AbstractContextManager[Answer]:
-            return cache.run_report(chosen.name, given, timeout=seconds, stream=True)
-
-        _print_answer(chosen.query, run, form, seconds, header=header, is_report=True)
+        with open_cache(existing=True) as cache, _explaining(chosen.query):
+            ask = partial(cache.run_report, chosen.name, given, stream=True)
+            _print_answer(ask, form, seconds, header=header, is_report=True)
 
 
 def _write_page(file: str) -> None:

@@ -21,7 +21,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.mistakes import find_mistake
 from cachedb.text import format_age, format_size
 
-__all__ = ["Answer", "run_query"]
+__all__ = ["Answer", "is_complete", "run_query"]
 
 
 Value = str | int | float | None
@@ -81,6 +81,11 @@ class Answer(NamedTuple):
 
     columns: tuple[str, ...]
     rows: Iterator[tuple[Any, ...]]
+
+
+def is_complete(text: str) -> bool:
+    """Return whether a text ends with the semicolon of a query, and not with one in a string or comment."""
+    return sqlite3.complete_statement(text)
 
 
 @contextmanager
