@@ -21,7 +21,7 @@ from cachedb.cli.options import (
     row_format_option,
     timeout_option,
 )
-from cachedb.cli.output import print_rows, print_table
+from cachedb.cli.output import print_json, print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
 from cachedb.cli.streams import get_stdout, read_text
@@ -36,16 +36,28 @@ if TYPE_CHECKING:
 __all__ = []
 
 
+_PROMPT_GRACE_SECONDS = 10
+
+
 @click.command(
     epilog=format_examples(
         "cachedb sql",
+        "cachedb sql --schema image_usage",
         "cachedb sql 'SELECT name, human(unique_size) FROM image_usage ORDER BY unique_size DESC LIMIT 5'",
         "cachedb sql --format csv -p days=30 'SELECT name FROM image_usage WHERE unused_days > :days'",
     )
 )
-@click.argument("query", required=False)
+@click.argument("query", required=False, shell_complete=complete_with("complete_view"))
 @click.option("--file", type=click.Path(), help="Read the query from a file, or - for stdin.")
-@click.option("--schema", is_flag=True, help="Print the SQL of the tables, indexes and views.")
+@click.option(
+    "--schema", is_flag=True, help="Print the SQL of the tables, indexes and views, or the columns of the view QUERY."
+)
+@click.option(
+    "--datasette-metadata",
+    "datasette",
+    is_flag=True,
+    help="Print descriptions of the views for `datasette --metadata`.",
+)
 @parameters_option
 @row_format_option
 @no_header_option
@@ -54,6 +66,7 @@ def sql(
     query: str | None,
     file: str | None,
     schema: bool,
+    datasette: bool,
     parameters: dict[str, str],
     form: str,
     header: bool,
@@ -62,20 +75,23 @@ def sql(
     """Query the index with SQL; without a query, open a prompt or list the views.
 
     QUERY is written in SQLite's SQL, with the extra functions human(bytes) and ago(time); - reads it from stdin. A
-    query only reads, blocks no writer, and runs at the lowest priority. docs/reference/sql.md describes the columns of
-    each view.
+    query only reads, blocks no writer, and runs at the lowest priority. `cachedb sql --schema VIEW` describes the
+    columns of a view.
 
     Without a query, a terminal gets a prompt with a history and completion. Elsewhere the views are listed.
     """
     from cachedb.reports.parameters import parse_number
 
-    if sum(map(bool, (query, file, schema))) > 1:
-        raise click.UsageError("QUERY, --file and --schema exclude each other: give one of them")
-    if schema:
-        query = "SELECT sql || ';' AS sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type <> 'table', name"
-        with open_cache(existing=True) as cache, cache.sql(query) as found:
-            for (definition,) in found.rows:
-                click.echo(definition)
+    if sum(map(bool, (schema or query, file, datasette))) > 1:
+        raise click.UsageError("QUERY, --file, --schema and --datasette-metadata exclude each other: give one of them")
+    if schema or datasette:
+        with open_cache(existing=True) as cache:
+            if datasette:
+                print_json(_describe_for_datasette(cache))
+            elif query is not None:
+                _list_columns(cache, query, form, header=header)
+            else:
+                _print_schema(cache)
         return
     if query == "-" or file is not None:
         query = read_text("-" if file is None else file, "the query")
@@ -90,8 +106,42 @@ def sql(
             _list_views(cache, form, header=header)
 
 
+def _print_schema(cache: Cache) -> None:
+    query = "SELECT sql || ';' AS sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type <> 'table', name"
+    with cache.sql(query) as found:
+        for (definition,) in found.rows:
+            click.echo(definition)
+
+
 def _column_names(view: View) -> list[str]:
     return [column.name for column in view.columns]
+
+
+def _list_columns(cache: Cache, name: str, form: str, *, header: bool) -> None:
+    from difflib import get_close_matches
+
+    views = {view.name: view for view in cache.list_views()}
+    if name not in views:
+        near = get_close_matches(name, views, 1)
+        hint = f"did you mean {near[0]}?" if near else "`cachedb sql` lists the views"
+        raise InvalidQuery(f"there is no view {name!r}: {hint}")
+    rows = [tuple(column) for column in views[name].columns]
+    if form == "table":
+        print_table(("COLUMN", "TYPE", "DESCRIPTION"), rows, header=header)
+    else:
+        print_rows(("name", "type", "description"), rows, form, header=header)
+
+
+def _describe_for_datasette(cache: Cache) -> dict[str, object]:
+    """Return the descriptions of the views as Datasette's metadata of a database."""
+    tables = {
+        view.name: {
+            "description": view.description,
+            "columns": {column.name: column.description for column in view.columns},
+        }
+        for view in cache.list_views()
+    }
+    return {"databases": {"index": {"tables": tables}}}  # Datasette calls the database of index.db `index`
 
 
 def _list_views(cache: Cache, form: str, *, header: bool) -> None:
@@ -115,13 +165,23 @@ def _run_prompt(values: dict[str, int | float | str], form: str, seconds: int | 
         def execute(query: str) -> None:
             own = {name: value for name, value in values.items() if re.search(rf"[:@$]{re.escape(name)}\b", query)}
             try:
-                _print_answer(partial(cache.sql, query, own, stream=True), form, seconds, header=header)
+                # The end of the process would end the prompt, so give a busy machine time to cancel the query.
+                ask = partial(cache.sql, query, own, stream=True)
+                _print_answer(ask, form, seconds, header=header, grace_seconds=_PROMPT_GRACE_SECONDS)
             except CacheError as error:
                 print(_mark_mistake(query, error), file=sys.stderr)
 
-        columns = {view.name: _column_names(view) for view in cache.list_views()}
-        commands: dict[str, Callable[[str], None]] = {".views": lambda _: _list_views(cache, form, header=header)}
-        run_prompt(execute, commands, is_complete, columns)
+        def list_columns(view: str) -> None:
+            try:
+                _list_columns(cache, view, form, header=header)
+            except CacheError as error:
+                print(_mark_mistake("", error), file=sys.stderr)
+
+        commands: dict[str, Callable[[str], None]] = {
+            ".views": lambda _: _list_views(cache, form, header=header),
+            ".schema": list_columns,
+        }
+        run_prompt(execute, commands, is_complete, {view.name: _column_names(view) for view in cache.list_views()})
 
 
 @contextmanager
@@ -152,8 +212,9 @@ def _print_answer(
     *,
     header: bool,
     is_report: bool = False,
+    grace_seconds: float = 1,
 ) -> None:
-    watcher = StepWatcher(seconds)
+    watcher = StepWatcher(seconds, grace_seconds=grace_seconds)
     try:
         with (
             watcher.watching(),  # before the priority is lowered: the thread must run while other processes compute

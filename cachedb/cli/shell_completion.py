@@ -27,6 +27,7 @@ __all__ = [
     "complete_parameter",
     "complete_report",
     "complete_value",
+    "complete_view",
     "format_completion_script",
 ]
 
@@ -77,6 +78,13 @@ def complete_value(ctx: click.Context, _param: click.Parameter, incomplete: str)
     if place >= len(free):
         free, place = [one for one in free[-1:] if one.kind == "images"], 0
     return _complete_kind(ctx, free[place], incomplete) if free else []
+
+
+def complete_view(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the names of the views that start with the typed text, behind ``--schema``."""
+    if not ctx.params.get("schema"):
+        return []
+    return _complete(ctx, incomplete, lambda cache: [view.name for view in cache.list_views()])
 
 
 def _list_parameters(ctx: click.Context) -> tuple[Parameter, ...]:

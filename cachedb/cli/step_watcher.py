@@ -22,20 +22,21 @@ _GRACE_SECONDS = 1.0  # for a step that must end, to do so by itself
 
 
 class StepWatcher:
-    """Exits if a step of a query goes on for a second after the query's time, or after SIGINT or SIGTERM.
+    """Exits if a step of a query goes on for some time after the query's time, or after SIGINT or SIGTERM.
 
     Python runs signal handlers only between its own instructions, and SQLite can work for minutes on one of them. The
     process ends at once and cleans up nothing, so the query must change nothing. A slow reader of the output stops no
     query: only the steps count.
     """
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, *, grace_seconds: float = _GRACE_SECONDS) -> None:
         """Prepare to watch.
 
         Args:
             seconds: the time after which the query should end by itself; None for no limit.
+            grace_seconds: the time that a step then has to end.
         """
-        self._seconds = seconds
+        self._seconds, self._grace_seconds = seconds, grace_seconds
         self._step, self._is_in_step = 0, True  # the first step begins the query
 
     def watch_rows(self, rows: Iterator[T]) -> Iterator[T]:
@@ -86,7 +87,7 @@ class StepWatcher:
                 code, text = 128 + received[0], "interrupted" if received[0] == signal.SIGINT else ""
             elif self._is_in_step and self._step == stuck:
                 break
-            stuck, wait = self._step, _GRACE_SECONDS
+            stuck, wait = self._step, self._grace_seconds
         if text:
             with suppress(OSError):
                 os.write(2, f"cachedb: {text}\n".encode())

@@ -414,6 +414,8 @@ def test_bash_completes_commands_names_and_digests(
     assert complete("cachedb report added-by -p over=app:1 ap") == ["app:1", "app:12"]
     assert complete("cachedb report absent -p ") == []
     assert complete("cachedb sql -p ") == []
+    assert complete("cachedb sql --schema image_us") == ["image_usage"]
+    assert complete("cachedb sql image_us") == []
     assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
     assert not (tmp_path / "absent").exists()
 

@@ -42,6 +42,17 @@ class Terminal:
             shown += os.read(self._master, 1)
         return shown.decode().replace("\r\n", "\n")
 
+    def interrupt_until(self, text: str) -> None:
+        """Send SIGINT until a text is printed; readline misses a signal just before it waits for a key."""
+        shown = b""
+        for _ in range(100):
+            self.process.send_signal(signal.SIGINT)
+            while select.select([self._master], [], [], 1)[0]:
+                shown += os.read(self._master, 1)
+                if text.encode() in shown:
+                    return
+        pytest.fail(shown.decode())
+
     def ask(self, text: str) -> str:
         """Type a line, and return what is printed before the next prompt."""
         self.send(f"{text}\n")
@@ -93,6 +104,8 @@ def test_the_prompt_answers_queries_and_commands(cache: Cache) -> None:
         assert "took over 1 s" in terminal.ask(f"{ENDLESS.format('count(*)')};")
         assert "image_usage," in terminal.ask(".views")
         assert ".exit" in terminal.ask(".help")
+        assert terminal.ask(".schema garbage").startswith("digest,TEXT,")
+        assert terminal.ask(".schema nowhere") == "cachedb: there is no view 'nowhere': `cachedb sql` lists the views\n"
         assert (terminal.ask(""), terminal.ask(";")) == ("", "")
         cache.tag("app:1", "app:2")
         assert terminal.ask("SELECT count(*) FROM images;") == "2\n", "each query sees the newest state"
@@ -134,14 +147,14 @@ def test_an_interrupt_cancels_the_query_or_the_line_and_not_the_prompt(cache: Ca
     with open_prompt(cache) as terminal:
         terminal.send(f"{ENDLESS.format('count(*)')};\n")
         assert wait_until(lambda: os.sched_getscheduler(terminal.process.pid) == os.SCHED_IDLE, 60)
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.read_until(PROMPT)
+        terminal.interrupt_until(PROMPT)
         terminal.send("SELECT a line\n")
         terminal.read_until("...> ")
-        terminal.process.send_signal(signal.SIGINT)
+        terminal.interrupt_until(PROMPT)
+        terminal.send("SELECT 'an' || 'swer';\n")
+        terminal.read_until("answer")
         terminal.read_until(PROMPT)
         assert os.sched_getscheduler(terminal.process.pid) == os.SCHED_OTHER
-        assert terminal.ask("SELECT 1 AS one;").split() == ["one", "1"]
         terminal.send("\x04")
         assert terminal.process.wait(timeout=120) == 0
 
@@ -157,6 +170,7 @@ def test_an_interrupt_cancels_the_query_or_the_line_and_not_the_prompt(cache: Ca
         ("SELECT image_usage.freed_s", "image_usage.freed_size"),
         ("selec", "select"),
         (".vie", ".views"),
+        (".schema garb", "garbage"),
     ],
 )
 def test_a_tab_completes_views_columns_and_keywords(cache: Cache, typed: str, completed: str) -> None:

@@ -621,6 +621,31 @@ def test_sql_without_a_query_lists_the_views_and_the_schema_is_valid_sql(cachedb
     shell.close()
 
 
+def test_schema_prints_the_columns_of_a_view(cachedb: Run, cache: Cache) -> None:
+    printed = cachedb("sql", "--schema", "garbage").stdout.splitlines()
+    assert [line.split()[:2] for line in printed] == [
+        ["COLUMN", "TYPE"], ["digest", "TEXT"], ["size", "INTEGER"], ["stored_at", "TEXT"],
+    ]  # fmt: skip
+    views = {view.name: view for view in cache.list_views()}
+    listed = json.loads(cachedb("sql", "--schema", "image_usage", "--format", "json").stdout)
+    assert listed == [column._asdict() for column in views["image_usage"].columns]
+    for name, hint in (("image_usge", "did you mean image_usage?"), ("xyzzy", "`cachedb sql` lists the views")):
+        failed = cachedb("sql", "--schema", name)
+        assert (failed.returncode, failed.stderr) == (2, f"cachedb: there is no view {name!r}: {hint}\n")
+
+
+def test_datasette_metadata_describes_every_view_and_column(cachedb: Run, cache: Cache) -> None:
+    described = json.loads(cachedb("sql", "--datasette-metadata").stdout)["databases"]["index"]["tables"]
+    assert described == {
+        view.name: {
+            "description": view.description,
+            "columns": {column.name: column.description for column in view.columns},
+        }
+        for view in cache.list_views()
+    }
+    assert cachedb("sql", "--datasette-metadata", "SELECT 1").returncode == 2
+
+
 @pytest.mark.slow
 def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     failed = cachedb("sql", "SELECT name\nFROM image_usge WHERE 1")
