@@ -18,7 +18,7 @@ BOOLEAN_COLUMNS: Final = frozenset({"complete", "held", "stored"})
 
 _COLUMN_LINE = re.compile(r"^    (.+) AS (\w+),? -- (.*)$", re.MULTILINE)
 _CAST = re.compile(r"CAST\(.* AS (\w+)\)")
-_TYPES = {"INT": "INTEGER", "NUM": "NUMERIC"}
+_TYPES = {"BIGINT": "INTEGER", "INT": "INTEGER", "NUM": "NUMERIC"}
 
 
 class Column(NamedTuple):
@@ -57,5 +57,6 @@ def _read_columns(connection: Connection, view: str, sql: str) -> tuple[Column, 
         expression, text = described.get(name, ("", ""))
         # Before version 3.41, SQLite does not report the type of a CAST.
         cast = _CAST.fullmatch(expression)
-        columns.append(Column(name, _TYPES.get(declared, declared) or (cast[1] if cast else ""), text))
+        found = declared or (cast[1] if cast else "")
+        columns.append(Column(name, _TYPES.get(found, found), text))
     return tuple(columns)

@@ -37,7 +37,8 @@ def name_of(image: str) -> str:
 
 
 def number(expression: str) -> str:
-    return f"CAST({expression} AS INTEGER)"
+    # SQLite takes BIGINT for INTEGER. In DuckDB, which runs the views itself, INTEGER has only 32 bits.
+    return f"CAST({expression} AS BIGINT)"
 
 
 def days_since(time: str) -> str:
@@ -241,11 +242,11 @@ WHERE {A_FEW}""",
                 "name of its base; if several images have these layers, the one that was added first",
             ),
             ("base_digest", "m.digest", "digest of the base's manifest or index"),
-            ("base_layers", number("f.base_layers"), "number of the base's layers"),
+            ("base_layers", number("(f.nearest >> 32) + 1"), "number of the base's layers"),
         ],
         """FROM found AS f
 JOIN images AS i ON i.id = f.image_id
-JOIN images AS j ON j.id = f.base_id
+JOIN images AS j ON j.id = (((f.nearest >> 32) + 1) << 32) - f.nearest
 JOIN blobs AS m ON m.id = j.manifest_id""",
         before="""WITH stacks AS MATERIALIZED (
     SELECT image_id, min(position) AS first, count(position) AS layers, max(position) AS last
@@ -255,8 +256,8 @@ JOIN blobs AS m ON m.id = j.manifest_id""",
     FROM stacks AS s JOIN image_blobs AS o ON o.image_id = s.image_id AND o.position = s.last
     WHERE EXISTS (SELECT 1 FROM image_blobs AS p WHERE p.blob_id = o.blob_id AND p.image_id <> o.image_id)
 ), found AS (
-    -- SQLite takes the other columns from the row with the maximum: most layers, then the smallest id.
-    SELECT s.image_id, s.layers, t.image_id AS base_id, t.layers AS base_layers, max((t.layers << 32) - t.image_id)
+    -- The nearest base has the most layers, then the smallest id. One number has both, so one maximum finds it.
+    SELECT s.image_id, max(s.layers) AS layers, max((t.layers << 32) - t.image_id) AS nearest
     FROM tops AS t
     CROSS JOIN image_blobs AS o
     CROSS JOIN stacks AS s
