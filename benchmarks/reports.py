@@ -27,6 +27,7 @@ GIVEN = {  # parameters of reports
     "added-by": {"name": "team/app-1:0", "over": "base/1:1"},
     "by-label": {"key": "version"},
     "differences": {"name": "team/app-1:0", "other": "team/app-1:1"},
+    "for-platform": {"platform": "linux/arm64"},
     "to-free": {"size": "500GB"},
     "usage-by": {"key": "version"},
 }
@@ -73,6 +74,7 @@ def _write_index(directory: Path, count: int) -> int:
     blobs: list[tuple[int, str, int, str]] = []
     images: list[tuple[object, ...]] = []
     contents: list[tuple[object, ...]] = []
+    platforms: list[tuple[object, ...]] = []
     labels: list[tuple[int, str, str]] = []
 
     def moment() -> str:
@@ -90,6 +92,7 @@ def _write_index(directory: Path, count: int) -> int:
         contents.append((number, 1, config, "config", CONFIG, None))
         for position, layer in enumerate(layers, 2):
             contents.append((number, position, layer, "layer", LAYER, f"RUN make layer-{layer}"))
+        platforms.append((number, 0, len(layers) + 1, "linux", "amd64" if tag % 4 else "arm64"))
         labels.extend([(number, "maintainer", "a@example.org"), (number, "version", str(tag))])
 
     bases = [[blob(chosen.randrange(10**6, 10**8)) for _ in range(4)] for _ in range(BASES)]
@@ -114,6 +117,10 @@ def _write_index(directory: Path, count: int) -> int:
             contents,
         )
         shell.executemany("INSERT INTO image_labels VALUES (?, ?, ?)", labels)
+        shell.executemany(
+            "INSERT INTO image_platforms (image_id, position, last_position, os, architecture) VALUES (?, ?, ?, ?, ?)",
+            platforms,
+        )
     shell.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     shell.close()
     return len(blobs)

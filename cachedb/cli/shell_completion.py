@@ -32,7 +32,10 @@ __all__ = [
 ]
 
 
-_VALUES = {"label": "SELECT DISTINCT key FROM labels ORDER BY key"}
+_VALUES = {
+    "label": "SELECT DISTINCT key FROM labels ORDER BY key",
+    "platform": "SELECT DISTINCT os || '/' || architecture || coalesce('/' || variant, '') FROM platforms ORDER BY 1",
+}
 """The query for the values of a type of parameters."""
 
 

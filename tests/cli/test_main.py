@@ -412,6 +412,7 @@ def test_bash_completes_commands_names_and_digests(
     assert complete("cachedb report added-by -p over=") == ["app:1", "app:12"], "bash keeps the text before ="
     assert complete("cachedb report added-by -p over=app:1") == ["1", "12"]
     assert complete("cachedb report added-by -p over=app:1 ap") == ["app:1", "app:12"]
+    assert complete("cachedb report for-platform lin") == ["linux/amd64"]
     assert complete("cachedb report absent -p ") == []
     assert complete("cachedb sql -p ") == []
     assert complete("cachedb sql --schema image_us") == ["image_usage"]

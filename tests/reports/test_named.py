@@ -154,6 +154,20 @@ def test_images_are_counted_by_architecture_and_by_label(cache: Cache) -> None:
     assert run_report(cache, "by-label", key="nothing") == []
 
 
+def test_an_image_for_several_platforms_counts_for_each(cache: Cache) -> None:
+    children = APP, make.image(7, architecture="arm64")
+    make.save_index(cache, "several:1", *children)
+    counts = {row["architecture"]: row["images"] for row in run_report(cache, "by-architecture")}
+    assert counts == {"amd64": 5, "arm64": 1, None: 1}
+    (arm,) = run_report(cache, "for-platform", platform="linux/arm64")
+    assert (arm["name"], arm["digest"]) == ("several:1", children[1].digest)
+    assert arm["size"] == sum(map(len, children[1].blobs.values()))
+    found = {str(row["name"]): row["digest"] for row in run_report(cache, "for-platform", platform="linux/amd64")}
+    assert found.keys() == {"app:1", "app:2", "app:stable", "base:1", "several:1"}
+    assert found["several:1"] == APP.digest
+    assert run_report(cache, "for-platform", platform="linux/arm64/v9") == []
+
+
 def test_missing_blobs_and_garbage_are_listed(cache: Cache) -> None:
     assert {str(row["role"]) for row in run_report(cache, "incomplete")} == {"config", "layer"}
     assert set(names(run_report(cache, "incomplete"))) == {"lacking:1"}
@@ -249,9 +263,9 @@ def test_differences_lists_what_only_one_of_two_images_has(cache: Cache) -> None
         ("app:1", "config", make.digest_of(APP.config)),
         ("app:arm", "manifest", made.digest),
         ("app:arm", "config", make.digest_of(made.config)),
-        ("app:1", "architecture", "amd64"),
-        ("app:arm", "architecture", "arm64"),
+        ("app:1", "platform", "linux/amd64"),
         ("app:arm", "label", "team=one"),
+        ("app:arm", "platform", "linux/arm64"),
     ]
 
 

@@ -1,4 +1,4 @@
 -- The most recently added images.
 -- :limit:count 20
-SELECT name, created_at AS added, created
-FROM image_ages ORDER BY created_at DESC, name LIMIT :limit
+SELECT name, added_at, created
+FROM image_usage ORDER BY added_at DESC, name LIMIT :limit

@@ -1,4 +1,4 @@
 -- Images not used for a number of days, longest first.
 -- :days:days 30
 SELECT name, round(unused_days, 1) AS unused_days, last_used_at
-FROM image_ages WHERE unused_days >= :days ORDER BY unused_days DESC, name
+FROM image_usage WHERE unused_days >= :days ORDER BY unused_days DESC, name

@@ -1,4 +1,4 @@
 -- The images with the oldest build dates.
 -- :limit:count 20
-SELECT name, created, created_at AS added, last_used_at AS last_used
-FROM image_ages ORDER BY coalesce(created, created_at), name LIMIT :limit
+SELECT name, created, added_at, last_used_at
+FROM image_usage ORDER BY coalesce(created, added_at), name LIMIT :limit
