@@ -25,6 +25,7 @@ __all__ = ["Parameter", "convert_value", "parse_declaration", "parse_number"]
 
 Value = int | float | str
 
+_MAX_LOOK_UPS = 100  # more images are looked up in the list of all names
 _PATTERN = re.compile(r"[*?[]")  # characters of a pattern that no name has
 
 
@@ -133,7 +134,8 @@ def _find_images(database: Database, words: list[str]) -> list[str]:
     """
     found: dict[str, None] = {}  # a dict, because it keeps the order
     patterns = [word for word in words if _PATTERN.search(word)]
-    names = [str(name) for name in images.read_names(database)] if len(words) > 1 or patterns else []
+    is_list = patterns or len(words) > _MAX_LOOK_UPS
+    names = [str(name) for name in images.read_names(database)] if is_list else []
     known = set(names)
     for word in words:
         if word in patterns:

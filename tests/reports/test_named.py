@@ -343,6 +343,14 @@ def test_a_line_with_an_unknown_type_is_a_description(cache: Cache, tmp_path: Pa
     assert (mine.description, mine.parameters) == ("Mine. :o:smile", (Parameter("n", None, "image"),))
 
 
+def test_many_names_are_looked_up_in_the_list_of_names(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = run_report(cache, "freed-by", names="app:1 app:stable")
+    monkeypatch.setattr("cachedb.reports.parameters._MAX_LOOK_UPS", 1)
+    assert run_report(cache, "freed-by", names=f"app:1 app:stable app@{APP.digest}") == few
+    with pytest.raises(InvalidQuery, match="app:3 is not in the cache"):
+        run_report(cache, "freed-by", names="app:1 app:3")
+
+
 def test_freed_by_accepts_patterns(cache: Cache) -> None:
     (row,) = run_report(cache, "freed-by", names="app:* base:1")
     freed = cache.remove_manifest("app:1", "app:2", "app:stable", "base:1", dry_run=True)
