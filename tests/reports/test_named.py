@@ -117,8 +117,8 @@ def test_not_used_lists_images_that_were_not_used_for_long(cache: Cache) -> None
 
 def test_duplicates_lists_the_names_of_one_manifest_together(cache: Cache) -> None:
     (row,) = run_report(cache, "duplicates")
-    assert (row["digest"], row["names"], str(row["all_names"]).split()) == (APP.digest, 2, ["app:1", "app:stable"])
-    assert {str(row["repository"]): (row["tags"], row["images"]) for row in run_report(cache, "tags-per-image")}[
+    assert (row["digest"], row["images"], str(row["names"]).split()) == (APP.digest, 2, ["app:1", "app:stable"])
+    assert {str(row["repository"]): (row["tags"], row["manifests"]) for row in run_report(cache, "tags-per-image")}[
         "app"
     ] == (
         3,

@@ -1,4 +1,4 @@
 -- Number of images by the value of a label.
 -- :key:label org.opencontainers.image.version
-SELECT value, count(*) AS images, min(name) AS one_of_them
+SELECT value, count(*) AS images, min(name) AS name
 FROM labels WHERE key = :key GROUP BY value ORDER BY images DESC, value
