@@ -21,8 +21,10 @@ from cachedb.errors import *  # noqa: F403
 if TYPE_CHECKING:
     from cachedb.cache import Cache as Cache
     from cachedb.content.collect import Collected as Collected
+    from cachedb.content.collect import Removed as Removed
     from cachedb.disk.folders import Leftover as Leftover
     from cachedb.disk.writer import Data as Data
+    from cachedb.index.filters import Filters as Filters
     from cachedb.index.holds import HoldInfo as HoldInfo
     from cachedb.index.records import BlobInfo as BlobInfo
     from cachedb.index.records import ImageDetails as ImageDetails
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from cachedb.reports.sessions import Activity as Activity
     from cachedb.reports.sessions import SessionInfo as SessionInfo
     from cachedb.reports.usage import ImageUsage as ImageUsage
+    from cachedb.reports.usage import SelectedUsage as SelectedUsage
     from cachedb.reports.usage import Share as Share
     from cachedb.reports.usage import Stats as Stats
     from cachedb.reports.usage import Usage as Usage
@@ -66,6 +69,7 @@ _MODULES = {
     "Copied": "cachedb.operations.copy",
     "Data": "cachedb.disk.writer",
     "Digest": "cachedb.oci.digests",
+    "Filters": "cachedb.index.filters",
     "HoldInfo": "cachedb.index.holds",
     "ImageDetails": "cachedb.index.records",
     "ImageInfo": "cachedb.index.records",
@@ -83,6 +87,8 @@ _MODULES = {
     "RemoteBlob": "cachedb.operations.inspect",
     "RemoteImage": "cachedb.operations.inspect",
     "RemotePlatform": "cachedb.operations.inspect",
+    "Removed": "cachedb.content.collect",
+    "SelectedUsage": "cachedb.reports.usage",
     "SessionInfo": "cachedb.reports.sessions",
     "Share": "cachedb.reports.usage",
     "Stats": "cachedb.reports.usage",

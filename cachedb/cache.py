@@ -26,8 +26,8 @@ from cachedb.arguments import (
     check_writable,
 )
 from cachedb.content import collect, publish, save
-from cachedb.content.collect import Collected
-from cachedb.content.held import find_image_or_digest, hold_images, parse_hold_name
+from cachedb.content.collect import Collected, Removed
+from cachedb.content.held import find_images_and_digests, hold_images, parse_hold_name
 from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
@@ -43,6 +43,7 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index import blobs, descriptions, holds, images
+from cachedb.index.filters import Filters, find_images, narrow, parse_wanted, rename_all
 from cachedb.index.holds import HoldInfo
 from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, ImportedImage, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from cachedb.operations.push import Pushed
     from cachedb.operations.verify import Verification
     from cachedb.reports.sessions import SessionInfo
-    from cachedb.reports.usage import Usage
+    from cachedb.reports.usage import SelectedUsage, Usage
     from cachedb.reports.views import View
     from cachedb.transports.archive.formats import Format
     from cachedb.transports.registry.access import Access
@@ -333,12 +334,20 @@ class Cache:
         with hold_images(self._database, self._session, *names_or_digests):
             yield
 
-    def add_hold(self, *names_or_digests: str | Name, seconds: float | None = None) -> list[HoldInfo]:
+    def add_hold(
+        self,
+        *names_or_digests: str | Name,
+        seconds: float | None = None,
+        filters: Filters | None = None,
+        ignore_missing: bool = False,
+    ) -> list[HoldInfo]:
         """Keep blobs from collection even after this process ends.
 
         Args:
-            names_or_digests: blobs and images; all present blobs of an image are held.
+            names_or_digests: blobs and images, which may be patterns; all present blobs of an image are held.
             seconds: how long to hold, by the host's clock; None holds until `release_hold`.
+            filters: conditions that the images must fulfil too. Without names, they choose from all images.
+            ignore_missing: skip names, patterns and digests that match nothing.
 
         Returns:
             The new holds, one for each name or digest.
@@ -350,13 +359,12 @@ class Cache:
         check_numbers(seconds=seconds)
         with self._database.write() as connection:
             added = []
-            for wanted in names_or_digests:
-                found = find_image_or_digest(connection, wanted)
+            for found in find_images_and_digests(connection, names_or_digests, filters, ignore_missing=ignore_missing):
                 if isinstance(found, str):
                     name, digests = str(found), {found}
                 else:
-                    contents = images.read_image_blobs(connection, self.directory, found)
-                    name, digests = str(Name.parse(wanted)), {blob.digest for blob in contents}
+                    contents = images.read_image_blobs(connection, self.directory, found.id)
+                    name, digests = str(found.name), {blob.digest for blob in contents}
                 added.append(holds.add(connection, name, digests, seconds))
             return [hold for hold in holds.read_holds(connection) if hold.id in added]
 
@@ -506,14 +514,36 @@ class Cache:
         with self._database.read() as connection:
             return save.read_details(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
-    def list_manifests(self) -> list[ImageInfo]:
-        """Return all images, sorted by name."""
-        with self._database.read() as connection:
-            return images.read_images(connection)
+    def list_manifests(
+        self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False
+    ) -> list[ImageInfo]:
+        """Return all images, or some of them, sorted by name or as the filters say.
 
-    def list_names(self) -> list[Name]:
-        """Return the names of all images, sorted."""
-        return images.read_names(self._database)
+        Args:
+            names: names of images, and patterns such as ``team/*``, in which ``*`` also matches a slash.
+            filters: conditions that the images must fulfil too.
+            ignore_missing: skip names and patterns that match no image.
+
+        Raises:
+            NotInCache: if a name or a pattern matches no image, whatever the filters.
+        """
+        wanted = parse_wanted(names)
+        with self._database.read() as connection:
+            if not wanted and filters is None:
+                return images.read_images(connection)
+            chosen = partial(narrow, connection, wanted=wanted, filters=filters, ignore_missing=ignore_missing)
+            return images.read_images(connection, chosen)
+
+    def list_names(
+        self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False
+    ) -> list[Name]:
+        """Return the names of all images, or of some of them; the arguments are those of `list_manifests`."""
+        if not names and filters is None:
+            return images.read_names(self._database)
+        wanted = parse_wanted(names)
+        with self._database.read() as connection:
+            found = find_images(connection, wanted, filters, ignore_missing=ignore_missing, by_default_all=True)
+            return [image.name for image in found]
 
     def get_image_blobs(self, name: str | Name) -> list[BlobInfo]:
         """Return an image's blobs in the order of their positions: the manifest, the config, the layers.
@@ -592,27 +622,68 @@ class Cache:
             image_id = save.tag(connection, Name.parse(source), Name.parse(target))
             return images.read_image(connection, self.directory, image_id)[0]
 
-    def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
-        """Remove images, all of them or none, and free the blobs that only they used.
+    def tag_images(
+        self, source: str | Name, target: str, *, filters: Filters | None = None, ignore_missing: bool = False
+    ) -> list[ImageInfo]:
+        """Give several images another name, all of them or none.
 
         Args:
-            names: the images' names.
-            dry_run: remove nothing, and return what would be freed.
+            source: a name, or a pattern such as ``ci/*:1``.
+            target: the other name; each ``*`` in it is what the ``*`` of the pattern matched.
+            filters: conditions that the images must fulfil too.
+            ignore_missing: return no image if none matches the source.
 
         Returns:
-            The number and bytes of the freed blobs.
+            The images under their other names.
 
         Raises:
-            NotInCache: if one of the images is not in the cache.
+            NotInCache: if no image matches the source, whatever the filters.
+            InvalidName: if a new name is invalid or has another digest.
+            InvalidQuery: if source and target differ in their number of ``*``, or a new name is given twice or is
+                one of the old ones.
         """
-        parsed = [Name.parse(name) for name in names]
+        wanted = parse_wanted([source])
+        check_text(target=target)
+        with self._database.write() as connection:
+            found = find_images(connection, wanted, filters, ignore_missing=ignore_missing)
+            targets = rename_all([image.name for image in found], str(source), target)
+            tagged = [save.tag(connection, image.name, new) for image, new in zip(found, targets, strict=True)]
+            return [images.read_image(connection, self.directory, image_id)[0] for image_id in tagged]
 
-        def remove_rows() -> Collected:
+    def remove_manifest(
+        self,
+        *names: str | Name,
+        filters: Filters | None = None,
+        ignore_missing: bool = False,
+        dry_run: bool = False,
+    ) -> Removed:
+        """Remove images, all of them or none, and free the blobs that only they used.
+
+        The images are chosen and removed in one transaction. An image that is used or moves before it is not removed
+        unless it still fulfils the filters.
+
+        Args:
+            names: names of images, and patterns such as ``team/*``.
+            filters: conditions that the images must fulfil too. Without names, they choose from all images; without
+                names and conditions, nothing is removed.
+            ignore_missing: skip names and patterns that match no image.
+            dry_run: remove nothing, and return what would be removed and freed.
+
+        Returns:
+            The number and bytes of the freed blobs; its attribute ``images`` has the names of the removed images.
+
+        Raises:
+            NotInCache: if a name or a pattern matches no image, whatever the filters.
+        """
+        wanted = parse_wanted(names)
+
+        def remove_rows() -> Removed:
             with self._database.write() as connection:
-                freed = collect.delete_unreferenced(connection, images.remove(connection, parsed))
+                found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
+                freed = collect.delete_unreferenced(connection, images.remove(connection, [row.id for row in found]))
                 if dry_run:
                     connection.rollback()
-                return freed
+                return Removed(freed, [image.name for image in found])
 
         freed = self._database.reserve.run(remove_rows)
         if not dry_run:
@@ -745,6 +816,14 @@ class Cache:
         from cachedb.reports.usage import measure_usage
 
         return measure_usage(self._database, by_image=by_image)
+
+    def get_selected_usage(
+        self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False
+    ) -> SelectedUsage:
+        """Return what some images take together; the arguments are those of `list_manifests`."""
+        from cachedb.reports.usage import measure_selected
+
+        return measure_selected(self._database, names, filters, ignore_missing=ignore_missing)
 
     def get_html_report(self) -> str:
         """Return a self-contained HTML page that shows disk usage, sharing, growth and unused images."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-__all__ = ["format_age", "format_size", "parse_size", "printable", "shorten", "shorten_digest", "truncate"]
+__all__ = [
+    "format_age",
+    "format_size",
+    "parse_duration",
+    "parse_size",
+    "printable",
+    "shorten",
+    "shorten_digest",
+    "truncate",
+]
 
 
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
 
 
@@ -27,6 +37,13 @@ def parse_size(text: str) -> int | None:
         return None
     power = " kmgtp".index((found[2] or " ").lower())
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def parse_duration(text: str) -> int | None:
+    """Parse a duration such as 90s, 30m, 2h, 7d, 1w or 1h30m into seconds; None if invalid."""
+    if not re.fullmatch(r"([0-9]{1,9}[smhdw])+", text):
+        return None
+    return sum(int(count) * _SECONDS[unit] for count, unit in re.findall(r"([0-9]+)([smhdw])", text))
 
 
 def format_age(time: datetime) -> str:

@@ -8,8 +8,9 @@ from typing import IO, Literal
 import click
 
 from cachedb.cli.context import open_cache
+from cachedb.cli.fields import describe_image, print_images
 from cachedb.cli.options import NAME, SizeParameter, format_examples, format_option, quiet_option
-from cachedb.cli.output import print_images, print_json
+from cachedb.cli.output import print_json
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import get_stdin, get_stdout
 from cachedb.transports.archive.formats import FOLDER_FORMATS, FORMATS, Format
@@ -121,7 +122,7 @@ def import_(
         if image.replaced:
             click.echo(f"cachedb: replaced {image.name}, which was {image.replaced}", err=True)
     if form == "json" and not quiet:
-        print_json([{**image._asdict(), "replaced": image.replaced} for image in found])
+        print_json([{**describe_image(image), "replaced": image.replaced} for image in found])
     else:
         print_images(list(found), form, quiet=quiet)
 

@@ -4,53 +4,61 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from cachedb.cli.context import cache_directory, open_cache
+from cachedb.cli.fields import Field, print_records
 from cachedb.cli.options import (
     NAME,
     NAME_OR_DIGEST,
     DurationParameter,
     HoldParameter,
+    Output,
+    check_selection,
+    filter_options,
     format_examples,
-    format_option,
+    ignore_missing_option,
+    output_options,
     quiet_option,
 )
-from cachedb.cli.output import print_json, print_table
 from cachedb.errors import CacheError
 from cachedb.text import format_age, format_size
 
 if TYPE_CHECKING:
+    from cachedb.index.filters import Filters
     from cachedb.index.holds import HoldInfo
 
 __all__ = []
 
 
-def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
+_HOLD_FIELDS: Final = (
+    Field("id", "hold"),
+    Field("name", "name"),
+    Field("blobs", "blobs", right=True),
+    Field("size", "size", format_size, right=True),
+    Field("created_at", "created", format_age, place=2),
+    Field("expires_at", "ends", lambda time: f"{time:%Y-%m-%d %H:%M:%S} UTC", missing="when released"),
+)
+
+
+def _print_holds(found: list[HoldInfo], output: Output, *, quiet: bool) -> None:
     if quiet:
         for hold in found:
             click.echo(hold.id)
-    elif form == "json":
-        print_json([hold._asdict() for hold in found])
     else:
-        rows = (
-            (
-                hold.id,
-                hold.name,
-                str(hold.blobs),
-                format_size(hold.size),
-                format_age(hold.created_at),
-                f"{hold.expires_at:%Y-%m-%d %H:%M:%S} UTC" if hold.expires_at else "when released",
-            )
-            for hold in found
-        )
-        print_table(("HOLD", "NAME", "BLOBS", "SIZE", "CREATED", "ENDS"), rows, right=("BLOBS", "SIZE"))
+        print_records([hold._asdict() for hold in found], _HOLD_FIELDS, output)
 
 
-@click.command(epilog=format_examples("cachedb hold app:1 --for 2h", "cachedb hold app:1", "cachedb release app:1"))
-@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=NAME_OR_DIGEST)
+@click.command(
+    epilog=format_examples(
+        "cachedb hold app:1 --for 2h",
+        "cachedb hold 'team/*' --filter label=stage=production",
+        "cachedb release app:1",
+    )
+)
+@click.argument("names", metavar="[NAME|PATTERN|DIGEST]...", nargs=-1, type=NAME_OR_DIGEST)
 @click.option(
     "--for",
     "seconds",
@@ -58,27 +66,37 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
     type=DurationParameter(),
     help="How long to hold, such as 30m, 2h or 7d.  [default: until released]",
 )
-@format_option
+@filter_options
+@ignore_missing_option
+@output_options
 @quiet_option("the holds' ids")
-def hold(names: tuple[str, ...], seconds: float | None, form: str, quiet: bool) -> None:
+def hold(
+    names: tuple[str, ...],
+    seconds: float | None,
+    filters: Filters | None,
+    ignore_missing: bool,
+    output: Output,
+    quiet: bool,
+) -> None:
     """Hold blobs, so that they stay even if the names of their images are removed or moved.
 
     A hold keeps the blobs that an image has now. It lasts for a time, or until `cachedb release`. No process needs to
-    stay alive for it.
+    stay alive for it. --filter without names selects from all images; each selected image gets its own hold.
     """
+    check_selection(names, filters, ignore_missing=ignore_missing)
     with open_cache() as cache:
-        made = cache.add_hold(*names, seconds=seconds)
-    _print_holds(made, form, quiet=quiet)
+        made = cache.add_hold(*names, seconds=seconds, filters=filters, ignore_missing=ignore_missing)
+    _print_holds(made, output, quiet=quiet)
 
 
 @click.command(epilog=format_examples("cachedb holds", "cachedb release $(cachedb holds -q)"))
-@format_option
+@output_options
 @quiet_option("the holds' ids")
-def holds(form: str, quiet: bool) -> None:
+def holds(output: Output, quiet: bool) -> None:
     """List the holds that keep blobs from being collected."""
     with open_cache() as cache:
         found = cache.list_holds()
-    _print_holds(found, form, quiet=quiet)
+    _print_holds(found, output, quiet=quiet)
 
 
 @click.command(epilog=format_examples("cachedb release app:1", "cachedb release hold-3f2a90c1d4e5"))

@@ -8,29 +8,72 @@ from typing import TYPE_CHECKING
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import NAME, NAME_OR_DIGEST, dry_run_option, format_examples, format_option, quiet_option
-from cachedb.cli.output import print_collected, print_images, print_json, print_table
+from cachedb.cli.fields import IMAGE_FIELDS, describe_image, print_images, print_records, uses_column
+from cachedb.cli.options import (
+    NAME,
+    NAME_OR_DIGEST,
+    Output,
+    check_selection,
+    dry_run_option,
+    filter_options,
+    format_examples,
+    format_option,
+    ignore_missing_option,
+    output_options,
+    quiet_option,
+)
+from cachedb.cli.output import describe_collected, print_collected, print_json, print_table
 from cachedb.cli.streams import get_stdout
 from cachedb.errors import InvalidDigest
 from cachedb.text import format_size, shorten_digest, truncate
 
 if TYPE_CHECKING:
+    from cachedb.cache import Cache
+    from cachedb.index.filters import Filters
     from cachedb.index.records import ImageInfo, PlatformInfo
 
 __all__ = ["show"]
 
 
-@click.command(epilog=format_examples("cachedb ls", "cachedb ls -q", "cachedb ls --format json"))
-@format_option
+@click.command(
+    epilog=format_examples(
+        "cachedb ls",
+        "cachedb ls -q 'team/*' --filter unused-for=30d",
+        "cachedb ls --sort -size --limit 5 --columns name,size,used",
+        "cachedb ls --format '{{.Name}}\\t{{.Digest}}'",
+        "cachedb ls --format json",
+    )
+)
+@click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
+@filter_options
+@output_options
 @quiet_option("the images' names")
-def ls(form: str, quiet: bool) -> None:
-    """List the images in the cache."""
+def ls(names: tuple[str, ...], filters: Filters | None, output: Output, quiet: bool) -> None:
+    """List the images in the cache, or those that match.
+
+    A PATTERN such as 'team/*' must match a whole name; its * also matches a slash. ADDED is when the name came here,
+    CREATED is when the image was built. A narrow terminal shows fewer columns, or a line for each value.
+    """
     with open_cache() as cache:
         if quiet:
-            click.echo("".join(f"{name}\n" for name in cache.list_names()), nl=False)
+            listed = cache.list_names(*names, filters=filters, ignore_missing=True)
+            click.echo("".join(f"{name}\n" for name in listed), nl=False)
             return
-        found = cache.list_manifests()
-    print_images(found, form, quiet=False)
+        found = cache.list_manifests(*names, filters=filters, ignore_missing=True)
+        platforms = _read_platforms(cache) if uses_column(output, "platforms") else None
+    records = list(map(describe_image, found))
+    if platforms is not None:
+        records = [{**record, "platforms": platforms.get(record["name"], [])} for record in records]
+    print_records(records, IMAGE_FIELDS, output)
+
+
+def _read_platforms(cache: Cache) -> dict[str, list[str]]:
+    """Return the platforms of each image, by name; reading them takes longer than the rest of a list of images."""
+    found: dict[str, list[str]] = {}
+    with cache.sql("SELECT name, os, architecture, variant FROM platforms") as answer:
+        for name, *parts in answer.rows:
+            found.setdefault(name, []).append("/".join(filter(None, parts)))
+    return found
 
 
 @click.command(epilog=format_examples("cachedb show app:1", "cachedb show --format json app:1"))
@@ -46,9 +89,9 @@ def show(name: str, form: str, quiet: bool) -> None:
             click.echo(blob.digest)
     elif form == "json":
         found = {"platforms": [platform._asdict() for platform in platforms]}
-        print_json({**image._asdict(), "labels": labels, **found, "blobs": [blob._asdict() for blob in blobs]})
+        print_json({**describe_image(image), "labels": labels, **found, "blobs": [blob._asdict() for blob in blobs]})
     else:
-        print_images([image], form, quiet=False)
+        print_images([image], form)
         click.echo()
         _print_config(image, labels)
         _print_platforms(platforms, {blob.digest for blob in blobs if blob.stored})
@@ -113,32 +156,60 @@ def exists(name: str) -> None:
         click.get_current_context().exit(3)
 
 
-@click.command(epilog=format_examples("cachedb tag app:1 app:stable"))
-@click.argument("source", type=NAME)
-@click.argument("target", type=NAME)
-def tag(source: str, target: str) -> None:
-    """Give an image another name.
+@click.command(
+    epilog=format_examples(
+        "cachedb tag app:1 app:stable",
+        "cachedb tag 'ci/*:1' 'mirror/*:1'",
+        "cachedb tag '*:1' '*:old' --filter unused-for=30d",
+    )
+)
+@click.argument("source", metavar="SOURCE", type=NAME)
+@click.argument("target", metavar="TARGET", type=NAME)
+@filter_options
+@ignore_missing_option
+def tag(source: str, target: str, filters: Filters | None, ignore_missing: bool) -> None:
+    """Give an image another name, or several images.
 
-    If TARGET already names an image, the name moves from that image to this one.
+    SOURCE may be a pattern. Then each * of TARGET becomes what the * of SOURCE matched. If TARGET already names an
+    image, the name moves from that image to this one.
     """
     with open_cache() as cache:
-        cache.tag(source, target)
+        cache.tag_images(source, target, filters=filters, ignore_missing=ignore_missing)
 
 
-@click.command(epilog=format_examples("cachedb rm app:1", "cachedb rm --dry-run app:1 app:2"))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=NAME)
+@click.command(
+    epilog=format_examples(
+        "cachedb rm app:1",
+        "cachedb rm --dry-run app:1 app:2",
+        "cachedb rm 'ci/*' --filter unused-for=7d",
+        "cachedb ls -q --filter incomplete | xargs cachedb rm --ignore-missing",
+    )
+)
+@click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
+@filter_options
+@ignore_missing_option
 @dry_run_option
 @format_option
 @quiet_option("the removed images' names")
-def rm(names: tuple[str, ...], dry_run: bool, form: str, quiet: bool) -> None:
+def rm(
+    names: tuple[str, ...], filters: Filters | None, ignore_missing: bool, dry_run: bool, form: str, quiet: bool
+) -> None:
     """Remove images and free the blobs that only they used.
 
-    If one of the images is not in the cache, none is removed.
+    If one of the names is not in the cache, or a pattern matches no image, none is removed. --filter without names
+    selects from all images. Images are selected and removed at one moment, so none is removed that has just been used.
+    With --ignore-missing, no names are allowed too, and remove nothing.
     """
+    check_selection(names, filters, ignore_missing=ignore_missing)
     with open_cache() as cache:
-        freed = cache.remove_manifest(*names, dry_run=dry_run)
+        freed = cache.remove_manifest(*names, filters=filters, ignore_missing=ignore_missing, dry_run=dry_run)
     if quiet:
-        for name in names:
-            click.echo(name)
+        click.echo("".join(f"{name}\n" for name in freed.images), nl=False)
+    elif form == "json":
+        print_json({**describe_collected(freed), "images": [{"name": str(name)} for name in freed.images]})
     else:
+        if not freed.images:
+            click.echo("no image matches: nothing is removed", err=True)
+        elif dry_run:
+            click.echo("".join(f"would remove {name}\n" for name in freed.images), nl=False)
         print_collected(freed, form, dry_run=dry_run)

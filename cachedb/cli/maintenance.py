@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Final
+
 import click
 
 from cachedb.cli.context import cache_directory, open_cache
-from cachedb.cli.options import dry_run_option, format_examples, format_option, quiet_option
-from cachedb.cli.output import print_collected, print_images, print_json, print_table
+from cachedb.cli.fields import Field, describe_image, format_state, print_images, print_records
+from cachedb.cli.options import (
+    NAME,
+    Output,
+    dry_run_option,
+    filter_options,
+    format_examples,
+    format_option,
+    output_options,
+    quiet_option,
+)
+from cachedb.cli.output import print_collected, print_json, print_table
 from cachedb.cli.progress import show_progress
 from cachedb.text import format_age, format_size, printable
+
+if TYPE_CHECKING:
+    from cachedb.disk.folders import Leftover
+    from cachedb.index.filters import Filters
+    from cachedb.reports.usage import Share, Usage
 
 __all__ = []
 
@@ -57,7 +74,9 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
         found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
     if form == "json":
         left_out = [item._asdict() for item in found.left_out]
-        print_json({**found._asdict(), "images": [image._asdict() for image in found.images], "left_out": left_out})
+        print_json(
+            {**found._asdict(), "images": [describe_image(image) for image in found.images], "left_out": left_out}
+        )
     elif quiet:
         print_images(found.images, form, quiet=True)
     else:
@@ -184,68 +203,122 @@ def ps(form: str) -> None:
     print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
 
 
-@click.command(epilog=format_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))
+@click.command(epilog=format_examples("cachedb stats", "cachedb stats --format json | jq .stored.size"))
 @format_option
 def stats(form: str) -> None:
-    """Print the totals of the cache."""
+    """Print the totals of the cache, as df does; its JSON has the fields of older releases too."""
     with open_cache() as cache:
-        totals = cache.get_stats()
+        found, leftovers = cache.get_usage(), cache.get_leftovers()
     if form == "json":
-        print_json(totals._asdict())
-        return
-    rows = [
-        ("images", str(totals.manifest_count)),
-        ("  incomplete", str(totals.incomplete_count)),
-        ("blobs", str(totals.blob_count)),
-        ("  reclaimable", str(totals.reclaimable_blobs)),
-        ("size", format_size(totals.total_size)),
-        ("  reclaimable", format_size(totals.reclaimable_size)),
-    ]
-    print_table(("", "TOTAL"), rows, right=("TOTAL",))
+        old = {
+            "manifest_count": found.images,
+            "blob_count": found.stored.blobs,
+            "total_size": found.stored.size,
+            "incomplete_count": found.incomplete,
+            "reclaimable_blobs": found.reclaimable.blobs,
+            "reclaimable_size": found.reclaimable.size,
+        }
+        print_json({**_describe_usage(found, leftovers), **old})
+    else:
+        print_records(_list_totals(found, leftovers), _TOTAL_FIELDS, Output("table", (), has_heading=True))
 
 
-@click.command(epilog=format_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))
+_PARTS = ("incomplete", "unique", "shared", "held", "reclaimable", "freed")  # of the row above them
+_TOTAL_FIELDS: Final = (
+    Field("name", "name", lambda name: f"  {name}" if name in _PARTS else name),
+    Field("count", "count", right=True, missing=""),
+    Field("size", "size", format_size, right=True, missing=""),
+)
+_USAGE_FIELDS: Final = (
+    Field("name", "name"),
+    Field("size", "size", format_size, right=True),
+    Field("unique_size", "unique", format_size, right=True),
+    Field("shared_size", "shared", format_size, right=True),
+    Field("freed_size", "freed", format_size, right=True),
+    Field("complete", "state", format_state),
+    Field("last_used_at", "last used", format_age),
+)
+
+
+@click.command(
+    epilog=format_examples(
+        "cachedb df",
+        "cachedb df -v",
+        "cachedb df 'team/*' --filter unused-for=30d",
+        "cachedb df --format json | jq .reclaimable.size",
+    )
+)
+@click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
 @click.option("-v", "--verbose", is_flag=True, help="List each image too, with its unique and shared size.")
-@format_option
-def df(verbose: bool, form: str) -> None:
-    """Show the disk usage of the cache, exact to the byte.
+@filter_options
+@output_options
+def df(names: tuple[str, ...], verbose: bool, filters: Filters | None, output: Output) -> None:
+    """Show the disk usage of the cache, or of the images that match, exact to the byte.
 
     A blob is unique if one image uses it, and shared if several do. A blob of no image is held if a hold or a process
     keeps it. All other blobs are reclaimable by `cachedb gc`.
+
+    With names, patterns or filters, a blob is unique if only the selected images use it. Then each of them is listed.
+    --columns chooses columns of that list.
     """
+    if names or filters:
+        _print_selected(names, filters, output)
+        return
     with open_cache(existing=True) as cache:
         found = cache.get_usage(by_image=verbose)
         leftovers = cache.get_leftovers()
-    if form == "json":
-        shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
-        document = {**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in leftovers]}
-        listed = document.pop("image_usage")
+    if output.form == "json":
+        document = _describe_usage(found, leftovers)
         if verbose:
-            document["image_usage"] = [image._asdict() for image in listed]
+            document["image_usage"] = [image._asdict() for image in found.image_usage]
         print_json(document)
         return
-    images = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
-    rows = [("images", images, "")]
-    for name in ("stored", "unique", "shared", "held", "reclaimable"):
-        share = getattr(found, name)
-        rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), format_size(share.size)))
-    rows += [("saved by sharing", "", format_size(found.saved_size)), ("index", "", format_size(found.index_size))]
-    others = {**found.folder_sizes, "reserve": found.reserve_size}
-    rows += [(name, "", format_size(size)) for name, size in others.items() if size]
     if leftovers:
-        rows.append(("cannot be cleaned up", str(len(leftovers)), ""))
         click.echo("cachedb: some leftovers of dead processes cannot be cleaned up: see `cachedb verify`", err=True)
-    print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
+    if verbose and (output.form != "table" or output.columns):
+        print_records([image._asdict() for image in found.image_usage], _USAGE_FIELDS, output)
+        return
+    print_records(_list_totals(found, leftovers), _TOTAL_FIELDS, output)
     if verbose:
         click.echo()
-        listing = [
-            (
-                name,
-                *map(format_size, sizes),
-                "complete" if complete else "incomplete",
-                format_age(last_used_at),
-            )
-            for name, *sizes, complete, last_used_at in found.image_usage
-        ]
-        headings = ("NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST USED")
-        print_table(headings, listing, right=headings[1:5])
+        print_records([image._asdict() for image in found.image_usage], _USAGE_FIELDS, output)
+
+
+def _print_selected(names: tuple[str, ...], filters: Filters | None, output: Output) -> None:
+    with open_cache(existing=True) as cache:
+        found = cache.get_selected_usage(*names, filters=filters)
+    listed = [image._asdict() for image in found.image_usage]
+    if output.form == "json":
+        shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
+        print_json({**found._asdict(), **shares, "image_usage": listed})
+        return
+    if output.form == "table" and not output.columns:
+        shares = {name: getattr(found, name) for name in ("stored", "unique", "shared", "freed")}
+        print_records(_list_counts(found.images, found.incomplete, shares), _TOTAL_FIELDS, output)
+        click.echo()
+    print_records(listed, _USAGE_FIELDS, output)
+
+
+def _list_counts(images: int, incomplete: int, shares: dict[str, Share]) -> list[dict[str, Any]]:
+    counts = {"images": images, **({"incomplete": incomplete} if incomplete else {})}
+    rows = [{"name": name, "count": count, "size": None} for name, count in counts.items()]
+    return rows + [{"name": name, "count": share.blobs, "size": share.size} for name, share in shares.items()]
+
+
+def _list_totals(found: Usage, leftovers: list[Leftover]) -> list[dict[str, Any]]:
+    shares = {name: getattr(found, name) for name in ("stored", "unique", "shared", "held", "reclaimable")}
+    sizes = {"saved by sharing": found.saved_size, "index": found.index_size}
+    sizes |= {name: size for name, size in {**found.folder_sizes, "reserve": found.reserve_size}.items() if size}
+    rows = _list_counts(found.images, found.incomplete, shares)
+    rows += [{"name": name, "count": None, "size": size} for name, size in sizes.items()]
+    if leftovers:
+        rows.append({"name": "cannot be cleaned up", "count": len(leftovers), "size": None})
+    return rows
+
+
+def _describe_usage(found: Usage, leftovers: list[Leftover]) -> dict[str, Any]:
+    """Return the usage as its JSON has it, without that of each image."""
+    shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
+    document = {**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in leftovers]}
+    del document["image_usage"]
+    return document

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from cachedb.cli.output import ROW_FORMATS
-from cachedb.text import parse_size
+from cachedb.text import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+    from cachedb.index.filters import Filters
 
     _Parameter = click.ParamType[str]
 else:
@@ -24,12 +27,17 @@ __all__ = [
     "NAME_OR_DIGEST",
     "DurationParameter",
     "HoldParameter",
+    "Output",
     "SizeParameter",
+    "check_selection",
     "complete_with",
     "dry_run_option",
+    "filter_options",
     "format_examples",
     "format_option",
+    "ignore_missing_option",
     "no_header_option",
+    "output_options",
     "parameters_option",
     "quiet_option",
     "registry_options",
@@ -110,7 +118,103 @@ format_option = click.option(
     show_default=True,
     help="How to print the result.",
 )
+ignore_missing_option = click.option(
+    "--ignore-missing", is_flag=True, help="Skip names and patterns that match nothing."
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be freed.")
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that select images; the command gets them as ``filters``, None if none is given."""
+
+    @wraps(command)
+    def run(*args: Any, conditions: tuple[str, ...], sort: str | None, limit: int | None, **options: Any) -> Any:  # noqa: ANN401
+        filters = None
+        if conditions or sort is not None or limit is not None:
+            from cachedb.index.filters import parse_filters
+
+            filters = parse_filters(conditions, sort=sort, limit=limit)
+        return command(*args, filters=filters, **options)
+
+    options = (
+        click.option(
+            "--filter",
+            "conditions",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="Select only images with label=KEY[=VALUE], platform=[OS/]ARCH, unused-for=7d, "
+            "added-before=24h|DATE, base=NAME or digest=DIGEST, or that are incomplete; repeatable.",
+        ),
+        click.option(
+            "--sort",
+            metavar="KEY",
+            help="Sort by name, size, created, added or used, the smallest or oldest first; -KEY reverses the order.  "
+            "[default: name]",
+        ),
+        click.option("--limit", metavar="N", type=click.IntRange(min=0), help="Select only the first N images."),
+    )
+    for option in reversed(options):
+        run = option(run)
+    return run
+
+
+def check_selection(names: Sequence[str], filters: Filters | None, *, ignore_missing: bool) -> None:
+    """Fail with a usage error if neither names nor conditions are given; an empty list of names may be missing."""
+    if not names and not ignore_missing and not (filters and filters.has_conditions):
+        raise click.UsageError("expected names, patterns or --filter: '*' selects all images")
+
+
+class Output(NamedTuple):
+    """How a command prints its rows."""
+
+    form: str  # table, json, ndjson, csv, tsv or a template
+    columns: tuple[str, ...]  # the chosen columns; empty for the usual ones
+    has_heading: bool
+
+
+class _FormatParameter(_Parameter):
+    """A format for rows, or a template such as ``{{.Name}}``."""
+
+    name = "format"
+    choices = ("table", "json", "ndjson", "csv", "tsv")
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Return the format; fail with a usage error if the text is neither a format nor a template."""
+        if value not in self.choices and "{{" not in value:
+            known = ", ".join(self.choices)
+            self.fail(f"{value!r} is not one of {known}, nor a template like '{{{{.Name}}}}'", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the formats that start with the typed text."""
+        return click.Choice(self.choices).shell_complete(ctx, param, incomplete)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how rows are printed; the command gets them as ``output``."""
+
+    @wraps(command)
+    def run(*args: Any, form: str, columns: str | None, no_header: bool, **options: Any) -> Any:  # noqa: ANN401
+        chosen = tuple(name.strip() for name in columns.split(",")) if columns else ()
+        return command(*args, output=Output(form, chosen, not no_header), **options)
+
+    options = (
+        click.option("--columns", metavar="NAME,...", help="The columns to print; a wrong name lists all of them."),
+        click.option(
+            "--format",
+            "form",
+            metavar="FORMAT",
+            type=_FormatParameter(),
+            default="table",
+            show_default=True,
+            help="table, json, ndjson, csv, tsv, or a template of columns, as in '{{.Name}} {{.Size}}'. {{json .}} is "
+            "a row as JSON.",
+        ),
+        click.option("--no-header", is_flag=True, help="Print a table, csv or tsv without its headings."),
+    )
+    for option in reversed(options):
+        run = option(run)
+    return run
 
 
 def _parse_credentials(_context: click.Context, _option: click.Parameter, given: str | None) -> Any:  # noqa: ANN401
@@ -173,12 +277,10 @@ class DurationParameter(_Parameter):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
         """Return the duration in seconds; fail with a usage error if the text is not a duration."""
-        import re
-
-        units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-        if not re.fullmatch(r"(\d{1,9}[smhdw])+", value):
+        seconds = parse_duration(value)
+        if seconds is None:
             self.fail(f"{value!r} is not a duration: write it as in 90s, 30m, 2h, 7d or 1h30m", param, ctx)
-        return sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+)([smhdw])", value))
+        return seconds
 
 
 def _parse_parameters(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:

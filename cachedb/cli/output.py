@@ -17,10 +17,19 @@ from cachedb.text import format_age, format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.content.collect import Collected
-    from cachedb.index.records import ImageInfo
 
 
-__all__ = ["ROW_FORMATS", "print_collected", "print_images", "print_json", "print_rows", "print_table"]
+__all__ = [
+    "ROW_FORMATS",
+    "describe_collected",
+    "fits",
+    "format_json",
+    "print_collected",
+    "print_json",
+    "print_rows",
+    "print_table",
+    "to_json",
+]
 
 
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
@@ -32,7 +41,8 @@ _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")  # as the index writes times
 _DIGEST: Final = re.compile(r"sha(?:256|512):[0-9a-f]{64,128}")
 _PARTS_PER_WRITE: Final = 10_000  # pieces of JSON text that are joined for one write
-_MIN_COLUMN_CHARACTERS: Final = 10  # a narrower column is unreadable on a terminal
+_UNFOLDED_CHARACTERS: Final = 20  # a cell with so few is not folded
+_GAP_CHARACTERS: Final = 2  # between two columns
 
 
 def print_json(value: object) -> None:
@@ -40,13 +50,23 @@ def print_json(value: object) -> None:
     import json
 
     # Print in parts: the JSON of a hundred thousand images takes more memory than the images.
-    parts = json.JSONEncoder(indent=2, default=_to_json).iterencode(value)
+    parts = json.JSONEncoder(indent=2, default=to_json).iterencode(value)
     while text := "".join(islice(parts, _PARTS_PER_WRITE)):
         sys.stdout.write(text)
     click.echo()
 
 
-def _to_json(value: object) -> str:
+def format_json(value: object) -> str:
+    """Return a value as JSON on one line."""
+    import json
+
+    return json.dumps(value, default=to_json)
+
+
+def to_json(value: object) -> object:
+    """Return a value that JSON lacks in another form: a time as in the index, bytes as hexadecimal digits."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     if isinstance(value, bytes):
         return value.hex()
     return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
@@ -55,22 +75,61 @@ def _to_json(value: object) -> str:
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = (), *, header: bool = True
 ) -> None:
-    """Print a table, without headings unless ``header``; the columns in ``right`` are aligned to the right."""
+    """Print a table; a table that does not fit on the terminal becomes lines of a name and a value.
+
+    Only texts of several words are folded, between words: a name or a digest must stay whole, to be copied.
+
+    Args:
+        columns: the headings.
+        rows: the cells.
+        right: the columns that are aligned to the right.
+        header: whether to print the headings.
+    """
     headings = list(map(printable, columns))
     rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         _print_columns(headings, rows, list(map(printable, right)), header=header)
+        return
+    widths = _choose_widths(headings, rows)
+    if widths is None:
+        _print_vertical(headings, rows)
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=header)
-    for column, heading in zip(columns, headings, strict=True):
-        table.add_column(Text(heading), justify="right" if column in right else "left", overflow="fold")
+    for column, heading, width in zip(columns, headings, widths, strict=True):
+        table.add_column(Text(heading), justify="right" if column in right else "left", overflow="fold", width=width)
     for row in rows:
         table.add_row(*map(Text, row))
     Console(highlight=False).print(table)
+
+
+def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Return whether a table fits on the terminal."""
+    return _choose_widths(columns, list(rows)) is not None
+
+
+def _choose_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int] | None:
+    """Return the widths of the columns on the terminal; None if they do not fit."""
+    from shutil import get_terminal_size
+
+    cells = list(zip(columns, *rows, strict=True))
+    widths = [max(map(len, column)) for column in cells]
+    least = [
+        width if width <= _UNFOLDED_CHARACTERS else max(len(word) for cell in column for word in ("", *cell.split()))
+        for width, column in zip(widths, cells, strict=True)
+    ]
+    least = [max(size, min(width, _UNFOLDED_CHARACTERS)) for size, width in zip(least, widths, strict=True)]
+    room = get_terminal_size().columns - _GAP_CHARACTERS * (len(columns) - 1)
+    if sum(least) > room:
+        return None
+    widths = [min(width, room) for width in widths]
+    while sum(widths) > room:
+        widest = max(range(len(widths)), key=lambda index: widths[index] - least[index])
+        widths[widest] -= 1
+    return widths
 
 
 def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Collection[str], *, header: bool) -> None:
@@ -102,12 +161,10 @@ def print_rows(
     if form == "table":
         _print_values(columns, list(rows), short=short, header=header)
     elif form in ("json", "ndjson"):
-        import json
-
         names = _make_distinct(columns)
         # JSON has no infinity.
         finite = ([None if value in (math.inf, -math.inf) else value for value in row] for row in rows)
-        lines = (json.dumps(dict(zip(names, row, strict=True)), default=_to_json) for row in finite)
+        lines = (format_json(dict(zip(names, row, strict=True))) for row in finite)
         if form == "ndjson":
             for line in lines:
                 write(f"{line}\n")
@@ -145,6 +202,8 @@ def _format_csv_cell(value: object, *, is_terminal: bool) -> object:
     """Return a value for CSV; put ``'`` before text that a spreadsheet would run as a formula."""
     if isinstance(value, bytes):
         return value.hex()
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, str):
         return value
     if value.startswith(_FORMULA) and not _NUMBER.fullmatch(value):
@@ -170,10 +229,7 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, short: b
     numbers = [name for index, name in enumerate(columns) if all(_is_number(row[index]) for row in rows)]
     format_cell = _format_short if short else _format_named
     cells = [list(map(format_cell, columns, row)) for row in rows]
-    if rows and sys.stdout.isatty() and not _fits(columns, cells):
-        _print_vertical(columns, cells)
-    else:
-        print_table(columns, cells, right=numbers, header=header)
+    print_table(columns, cells, right=numbers, header=header)
 
 
 def _format_named(_column: str, value: object) -> str:
@@ -192,17 +248,8 @@ def _format_short(column: str, value: object) -> str:
     return _format_value(value)
 
 
-def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
-    """Return whether the columns fit on the terminal if long cells are folded."""
-    from shutil import get_terminal_size
-
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    return sum(min(width, _MIN_COLUMN_CHARACTERS) + 2 for width in widths) <= get_terminal_size().columns
-
-
-def _print_vertical(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _print_vertical(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print each value on its own line, for rows that are too wide for the terminal."""
-    headings = list(map(printable, columns))
     width = max(map(len, headings))
     for number, row in enumerate(rows):
         if number:
@@ -224,34 +271,18 @@ def _format_value(value: object) -> str:
     return "" if value is None else printable(str(value))
 
 
-# Printing
+# Results
 
 
-def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
-    """Print images as a table or as JSON, or only their names if ``quiet``."""
-    if quiet:
-        for image in found:
-            click.echo(str(image.name))
-    elif form == "json":
-        print_json([image._asdict() for image in found])
-    else:
-        rows = (
-            (
-                str(image.name),
-                shorten_digest(image.digest),
-                format_size(image.size),
-                format_age(image.added_at),
-                "complete" if image.complete else "incomplete",
-            )
-            for image in found
-        )
-        print_table(("NAME", "DIGEST", "SIZE", "ADDED", "STATE"), rows, right=("SIZE",))
+def describe_collected(freed: Collected) -> dict[str, Any]:
+    """Return what was freed, as JSON has it; ``bytes`` is the old name of the size."""
+    return {"blobs": freed.blobs, "size": freed.bytes, "bytes": freed.bytes}
 
 
 def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
     """Print how much was freed, or would be freed in a dry run."""
     if form == "json":
-        print_json(freed._asdict())
+        print_json(describe_collected(freed))
     else:
         blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
         click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {format_size(freed.bytes)}")

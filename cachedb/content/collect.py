@@ -45,11 +45,13 @@ from cachedb.index.sqlite.batches import BATCH, split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
+from cachedb.oci.names import Name
 from cachedb.threads import start
 
 __all__ = [
     "SMALL_BATCH_BLOBS",
     "Collected",
+    "Removed",
     "collect",
     "delete_unreferenced",
     "empty_trash",
@@ -72,6 +74,17 @@ class Collected(NamedTuple):
 
     blobs: int
     bytes: int
+
+
+class Removed(Collected):
+    """The images that were removed, or would be removed, and what that freed."""
+
+    images: list[Name]
+
+    def __new__(cls, freed: Collected, images: list[Name]) -> Removed:  # noqa: D102
+        removed = super().__new__(cls, *freed)
+        removed.images = images
+        return removed
 
 
 # No image is associated with the blob, and no session has a lease on it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection
@@ -11,35 +11,40 @@ from cachedb.content.publish import release_after_error, release_hold
 from cachedb.content.session import NO_HOLD, Session
 from cachedb.errors import CacheError, NotInCache
 from cachedb.index import blobs, holds, images
+from cachedb.index.filters import Filters, FoundImage, find_images, parse_wanted
 from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.names import Name
 
-__all__ = ["find_image_or_digest", "hold_images", "parse_hold_name"]
+__all__ = ["find_images_and_digests", "hold_images", "parse_hold_name"]
 
 
 @contextmanager
 def hold_images(
-    database: Database, session: Session, *names_or_digests: str | Name
+    database: Database,
+    session: Session,
+    *names_or_digests: str | Name,
+    filters: Filters | None = None,
+    ignore_missing: bool = False,
 ) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
     """Hold images and blobs during the block, and yield each image with its blobs.
 
     The images are those that the names point to now; the names may point to other images before the block ends.
+    The arguments are those of `find_images_and_digests`.
     """
     found: list[tuple[ImageInfo, list[BlobInfo]]] = []
     # A cache that can only be read takes no leases, and none of its blobs are collected.
     read_only = database.read_only
     with database.read() if read_only else database.write() as connection:
         digests: set[Digest] = set()
-        for wanted in names_or_digests:
-            image_or_digest = find_image_or_digest(connection, wanted)
-            if isinstance(image_or_digest, str):
-                digests.add(image_or_digest)
+        for image in find_images_and_digests(connection, names_or_digests, filters, ignore_missing=ignore_missing):
+            if isinstance(image, str):
+                digests.add(image)
                 continue
             if not read_only:
-                images.touch(connection, image_or_digest)
-            info, contents = images.read_image(connection, database.directory, image_or_digest)
+                images.touch(connection, image.id)
+            info, contents = images.read_image(connection, database.directory, image.id)
             digests.update(blob.digest for blob in contents)
             found.append((info, contents))
         hold = NO_HOLD if read_only else session.lease(connection, digests)
@@ -52,17 +57,33 @@ def hold_images(
         release_hold(database, session, hold)
 
 
-def find_image_or_digest(connection: Connection, wanted: str | Name) -> int | Digest:
-    """Return the id of a named image, or the given digest if its blob is stored.
+def find_images_and_digests(
+    connection: Connection,
+    wanted: Iterable[str | Name],
+    filters: Filters | None = None,
+    *,
+    ignore_missing: bool = False,
+) -> list[FoundImage | Digest]:
+    """Return the given digests whose blobs are stored, and the images that `find_images` finds for the other texts.
 
     Raises:
-        NotInCache: if the image or blob is not in the cache.
+        NotInCache: if an image or a blob is not in the cache.
     """
-    if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
-        return images.find(connection, Name.parse(wanted)).id
-    if digest not in blobs.read_stored_sizes(connection, [digest]):
-        raise NotInCache(f"{digest} is not in the cache", name=digest)
-    return digest
+    found: dict[FoundImage | Digest, None] = {}
+    names: list[str | Name] = []
+    for text in wanted:
+        digest = _as_digest(text) if isinstance(text, str) else None
+        if digest is None and filters is None:
+            found |= dict.fromkeys(find_images(connection, parse_wanted([text]), ignore_missing=ignore_missing))
+        elif digest is None:
+            names.append(text)
+        elif digest in blobs.read_stored_sizes(connection, [digest]):
+            found[digest] = None
+        elif not ignore_missing:
+            raise NotInCache(f"{digest} is not in the cache", name=digest)
+    if filters is not None and (names or not found):  # their order and limit apply to all images together
+        found |= dict.fromkeys(find_images(connection, parse_wanted(names), filters, ignore_missing=ignore_missing))
+    return list(found)
 
 
 def parse_hold_name(wanted: str | Name) -> str:

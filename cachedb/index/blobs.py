@@ -7,16 +7,18 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb.disk.writer import Received
+from cachedb.errors import InvalidDigest
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS
-from cachedb.oci.digests import Digest
+from cachedb.oci.digests import Digest, parse_digest_prefix
+from cachedb.text import shorten
 
-__all__ = ["read_all_stored_sizes", "read_stored_size", "read_stored_sizes", "set_stored"]
+__all__ = ["read_all_stored_sizes", "read_stored_size", "read_stored_sizes", "set_stored", "starts_with"]
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
@@ -64,3 +66,15 @@ def _select_size() -> Select[*tuple[Any, ...]]:
 def _select_stored() -> Select[*tuple[Any, ...]]:
     is_wanted = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
     return select(BLOBS.c.digest, BLOBS.c.size).where(is_wanted, BLOBS.c.stored_at.is_not(None))
+
+
+def starts_with(text: str) -> ColumnElement[bool]:
+    """Return the condition that a blob has a digest, or a digest that starts with these 12 hex digits or more.
+
+    Raises:
+        InvalidDigest: if the text is neither.
+    """
+    prefix = parse_digest_prefix(text)
+    if prefix is None:
+        raise InvalidDigest(f"{shorten(text)} is neither a digest nor its first 12 hexadecimal digits or more")
+    return and_(BLOBS.c.digest >= prefix, BLOBS.c.digest < f"{prefix}g")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -145,8 +145,15 @@ def _suggest(connection: Connection, name: Name) -> str | None:
     return repository and f"did you mean {Name(repository, name.reference)}?"
 
 
-def read_images(connection: Connection) -> list[ImageInfo]:
-    """Return all images, sorted by name."""
+def read_images(
+    connection: Connection, narrow: Callable[[Select[*tuple[Any, ...]]], Select[*tuple[Any, ...]]] | None = None
+) -> list[ImageInfo]:
+    """Return the images, sorted by name.
+
+    Args:
+        connection: to the index.
+        narrow: returns the statement limited to some images, and in their order; None for all images.
+    """
     contents = select(IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id).distinct().subquery()
     totals = (
         select(
@@ -170,8 +177,8 @@ def read_images(connection: Connection) -> list[ImageInfo]:
         )
         .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
         .join(totals, totals.c.image_id == IMAGES.c.id)
-        .order_by(IMAGES.c.repository, IMAGES.c.reference)
     )
+    query = query.order_by(IMAGES.c.repository, IMAGES.c.reference) if narrow is None else narrow(query)
     return [
         ImageInfo(row[0], row[1], Digest(row[2]), row[3], int(row[4]), bool(row[5]), *row[6:])
         for row in connection.execute(query)
@@ -460,15 +467,10 @@ def find_repositories(connection: Connection, digest: Digest) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
-def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
-    """Remove images and return the ids of the blobs they used.
-
-    Raises:
-        NotInCache: if an image is not in the cache; the caller must roll back.
-    """
-    found = {find(connection, name, exact=True).id for name in names}
+def remove(connection: Connection, image_ids: Iterable[int]) -> set[int]:
+    """Remove images and return the ids of the blobs they used."""
     touched: set[int] = set()
-    for image_id in found:
+    for image_id in image_ids:
         touched.update(connection.execute(_select_blob_ids(), {"of": image_id}).scalars())
         connection.execute(_build_image_delete(), {"of": image_id})
     return touched

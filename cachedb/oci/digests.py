@@ -16,6 +16,7 @@ __all__ = [
     "digest_of",
     "is_digest",
     "parse_digest",
+    "parse_digest_prefix",
     "split_digest",
 ]
 
@@ -29,6 +30,7 @@ HEX_LENGTH = {"sha256": 64, "sha512": 128}
 """The supported algorithms, each with its number of hexadecimal digits."""
 
 _DIGEST = re.compile(r"(?:(?:sha256:)?[0-9a-f]{64}|sha512:[0-9a-f]{128})")
+_PREFIX = re.compile(r"(?:sha256:|sha512:)?[0-9a-f]{12,128}")
 
 
 def parse_digest(text: str) -> Digest:
@@ -42,6 +44,16 @@ def parse_digest(text: str) -> Digest:
             f"{shorten(text)} is not a digest: expected sha256: and 64, or sha512: and 128, digits of 0-9a-f"
         )
     return Digest(text if ":" in text else f"sha256:{text}")
+
+
+def parse_digest_prefix(text: str) -> str | None:
+    """Return a digest, or its first 12 hexadecimal digits or more, with the algorithm; None for other text.
+
+    Bare digits are read as sha256.
+    """
+    if not isinstance(text, str) or not _PREFIX.fullmatch(text):
+        return None
+    return text if ":" in text else f"sha256:{text}"
 
 
 def is_digest(text: str) -> bool:

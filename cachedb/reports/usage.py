@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -14,11 +15,23 @@ from cachedb.content import collect
 from cachedb.content.collect import Collected
 from cachedb.disk.marker import MARKER
 from cachedb.errors import os_errors
+from cachedb.index.filters import Filters, find_images, parse_wanted
 from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
+from cachedb.oci.names import Name
 
-__all__ = ["ImageUsage", "Share", "Stats", "Usage", "count_totals", "measure_shares", "measure_usage"]
+__all__ = [
+    "ImageUsage",
+    "SelectedUsage",
+    "Share",
+    "Stats",
+    "Usage",
+    "count_totals",
+    "measure_selected",
+    "measure_shares",
+    "measure_usage",
+]
 
 
 # The inner query reads the index on the blobs of associations in order. One result row needs no GROUP BY and its sort.
@@ -44,6 +57,30 @@ _BY_IMAGE_QUERY = """
 SELECT name, size, unique_size, shared_size, freed_size, complete, last_used_at
 FROM image_usage ORDER BY unique_size DESC, name
 """
+_BY_NAME_QUERY = """
+SELECT name, size, unique_size, shared_size, freed_size, complete, last_used_at
+FROM image_usage WHERE name IN (SELECT value FROM json_each(?)) ORDER BY unique_size DESC, name
+"""
+_SELECTED_QUERY = """
+WITH chosen AS MATERIALIZED (SELECT value AS id FROM json_each(?)),
+ours AS (
+    SELECT b.size,
+        EXISTS (
+            SELECT 1 FROM image_blobs AS o
+            WHERE o.blob_id = b.id AND o.image_id NOT IN (SELECT id FROM chosen)
+        ) AS is_shared,
+        EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = b.digest) AS is_held
+    FROM blobs AS b
+    WHERE b.id IN (SELECT blob_id FROM image_blobs WHERE image_id IN (SELECT id FROM chosen))
+        AND b.stored_at IS NOT NULL
+)
+SELECT
+    count(*), sum(size),
+    sum(NOT is_shared), sum(size * NOT is_shared),
+    sum(is_shared), sum(size * is_shared),
+    sum(NOT is_shared AND NOT is_held), sum(size * (NOT is_shared AND NOT is_held))
+FROM ours
+"""
 _FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
 
 
@@ -64,6 +101,18 @@ class ImageUsage(NamedTuple):
     freed_size: int
     complete: bool
     last_used_at: datetime  # UTC
+
+
+class SelectedUsage(NamedTuple):
+    """What some images take together, each blob counted once."""
+
+    images: int
+    incomplete: int  # images that lack a blob
+    stored: Share  # blobs of these images; unique and shared together
+    unique: Share  # used only by these images
+    shared: Share  # used by other images too
+    freed: Share  # what removing these images would free
+    image_usage: list[ImageUsage]  # the most unique bytes first, unless the images are sorted
 
 
 class Usage(NamedTuple):
@@ -136,6 +185,24 @@ def measure_usage(database: Database, *, by_image: bool = False) -> Usage:
         _measure_file(database.directory / "reserve"),
         listed,
     )
+
+
+def measure_selected(
+    database: Database, wanted: Sequence[str | Name], filters: Filters | None, *, ignore_missing: bool = False
+) -> SelectedUsage:
+    """Return the disk usage of some images together; the arguments and errors are those of `narrow`."""
+    wanted = parse_wanted(wanted)
+    with database.read() as connection:
+        found = find_images(connection, wanted, filters, ignore_missing=ignore_missing, by_default_all=True)
+        places = {str(image.name): place for place, image in enumerate(found)}
+        row = connection.exec_driver_sql(_SELECTED_QUERY, (json.dumps([image.id for image in found]),)).one()
+        rows = connection.exec_driver_sql(_BY_NAME_QUERY, (json.dumps(list(places)),))
+        listed = [_make_image_usage(image) for image in rows]
+    if filters is not None and filters.sort is not None:
+        listed.sort(key=lambda image: places[image.name])
+    incomplete = sum(not image.complete for image in listed)
+    stored, unique, shared, freed = (_make_share(*row[index : index + 2]) for index in range(0, 8, 2))
+    return SelectedUsage(len(listed), incomplete, stored, unique, shared, freed, listed)
 
 
 def _make_image_usage(row: Sequence[Any]) -> ImageUsage:

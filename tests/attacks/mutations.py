@@ -704,6 +704,18 @@ MUTATIONS = [
     Mutation("a failed migration closes its connections", "migrations/env.py", "    with closing(Database(Path(directory) if directory else default_directory())) as database:\n", "    if database := Database(Path(directory) if directory else default_directory()):\n", "tests/index/sqlite/test_leaks.py"),
     Mutation("a newer release's index is not replaced", "cachedb/operations/restore.py", "                _refuse_newer(database)\n", "", "tests/operations/test_upgrade.py"),
     Mutation("a new index is among the backups before the old one goes", "cachedb/index/sqlite/backups.py", "        os.rename(new.name, staged.name, src_dir_fd=source, dst_dir_fd=target)\n", "        staged = new\n", "tests/operations/test_rebuild.py tests/attacks/test_crashes.py"),
+    Mutation("an empty list selects nothing", "cachedb/index/filters.py", "    if not wanted and not filters.has_conditions and not by_default_all:\n", "    if False:\n", "tests/index/test_filters.py -k removes_nothing"),
+    Mutation("an order and a limit are no conditions", "cachedb/index/filters.py", "self._replace(sort=None, limit=None) != Filters()", "self != Filters()", "tests/index/test_filters.py -k removes_nothing"),
+    Mutation("a pattern that matches nothing is an error", "cachedb/index/filters.py", "    if not ignore_missing:\n        for pattern", "    if False:\n        for pattern", "tests/index/test_filters.py -k may_be_missing"),
+    Mutation("SQLite gets no expression that is too deep", "cachedb/index/filters.py", "    if len(patterns) > _PATTERNS_LIMIT:\n", "    if False:\n", "tests/index/test_filters.py -k too_many_patterns"),
+    Mutation("two images do not get one name", "cachedb/index/filters.py", "        if new in renamed:\n", "        if False:\n", "tests/index/test_filters.py -k all_or_nothing"),
+    Mutation("no tag overwrites an image that is to be tagged", "cachedb/index/filters.py", "        if new != name and new in names:\n", "        if False:\n", "tests/index/test_filters.py -k all_or_nothing"),
+    Mutation("a base has all of its layers in the image", "cachedb/index/filters.py", "        .having(func.count() == len(stack))\n", "", "tests/index/test_filters.py -k layers_are_all"),
+    Mutation("a base has fewer layers than the image", "cachedb/index/filters.py", "func.count() > len(stack), ", "", "tests/index/test_filters.py -k layers_are_all"),
+    Mutation("images are selected under the lock that removes them", "cachedb/cache.py", "            with self._database.write() as connection:\n                found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)\n", "            with self._database.read() as connection:\n                found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)\n            with self._database.write() as connection:\n", "tests/index/test_filters.py -k before_the_lock"),
+    Mutation("`rm` needs names or conditions", "cachedb/cli/options.py", "    if not names and not ignore_missing and not (filters and filters.has_conditions):\n", "    if False:\n", "tests/index/test_filters.py -k exit_as_documented"),
+    Mutation("a table that is too wide is not folded", "cachedb/cli/output.py", "    if sum(least) > room:\n        return None\n", "", "tests/cli/test_fields.py -k cuts_no_name"),
+    Mutation("no control character reaches a column", "cachedb/cli/fields.py", "printable(field.show(value))", "field.show(value)", "tests/cli/test_fields.py -k control_characters"),
 ]  # fmt: skip
 
 

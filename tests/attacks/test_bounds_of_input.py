@@ -325,12 +325,13 @@ def test_long_texts_and_digests_are_cut() -> None:
     assert plain_text.shorten_digest("sha256:0123456789abcdef") == "sha256:0123456789ab"
 
 
-@pytest.mark.parametrize(("room", "fits"), [(12 + 12 + 5, True), (12 + 12 + 4, False)])
-def test_a_table_fits_if_each_column_gets_ten_characters_and_two_spaces(
+@pytest.mark.parametrize(("room", "fits"), [(10 + 100 + 26 + 4, True), (10 + 100 + 26 + 3, False)])
+def test_a_table_fits_if_no_word_and_no_short_cell_is_folded(
     monkeypatch: pytest.MonkeyPatch, room: int, fits: bool
 ) -> None:
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((room, 99)))
-    assert output._fits(["name", "digest", "x"], [["a" * 10, "b" * 100, "ccc"]]) == fits
+    rows = [["a bc def g", "b" * 100, f"{'c' * 26} d"]]
+    assert output.fits(["name", "digest", "x"], rows) == fits
 
 
 def test_json_written_in_any_number_of_parts_is_whole(

@@ -30,8 +30,8 @@ from tests.support import make
 
 MADE = make.image(1, 2, compression="gzip")
 IMAGE_KEYS = [
-    "repository", "reference", "digest", "media_type", "size", "complete", "added_at", "last_used_at",
-    "architecture", "os", "variant", "created", "author",
+    "name", "repository", "reference", "digest", "media_type", "size", "complete", "added_at", "last_used_at",
+    "architecture", "os", "variant", "created", "author", "platform", "created_at",
 ]  # fmt: skip
 BLOB_KEYS = [
     "digest", "size", "role", "media_type", "position", "stored", "compressed", "path", "diff_id", "created_by",
@@ -67,24 +67,24 @@ def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Pa
 
     stats = json.loads(cachedb("stats", "--format", "json").stdout)
     assert (stats["manifest_count"], stats["blob_count"], stats["total_size"]) == (1, 4, image["size"])
-    assert (
-        cachedb("rm", "--format", "json", "app:1").stdout
-        == json.dumps({"blobs": 4, "bytes": image["size"]}, indent=2) + "\n"
-    )
+    removed = {"blobs": 4, "size": image["size"], "bytes": image["size"], "images": [{"name": "app:1"}]}
+    assert cachedb("rm", "--format", "json", "app:1").stdout == json.dumps(removed, indent=2) + "\n"
     assert files_of(directory) == {}
 
 
 def test_the_default_output_is_a_readable_table(cachedb: Run, archive: Path) -> None:
     assert "app:1" in cachedb("import", archive).stdout
     heading, row = cachedb("ls").stdout.splitlines()
-    assert heading.split() == ["NAME", "DIGEST", "SIZE", "ADDED", "STATE"]
-    assert re.fullmatch(r"app:1  sha256:[0-9a-f]{12}  [0-9.]+ kB  just now  complete", row)
+    assert heading.split() == ["NAME", "DIGEST", "SIZE", "CREATED", "ADDED", "STATE"]
+    assert re.fullmatch(r"app:1  sha256:[0-9a-f]{12}  [0-9.]+ kB  -        just now  complete", row)
     shown = cachedb("show", "app:1").stdout
     assert shown.count("sha256:") == 5
     assert "config" in shown
     assert "images" in cachedb("stats").stdout
     assert cachedb("gc").stdout == "freed 0 blobs, 0 B\n"
-    assert re.fullmatch(r"would free 4 blobs, [0-9.]+ kB\n", cachedb("rm", "--dry-run", "app:1").stdout)
+    assert re.fullmatch(
+        r"would remove app:1\nwould free 4 blobs, [0-9.]+ kB\n", cachedb("rm", "--dry-run", "app:1").stdout
+    )
     assert re.fullmatch(r"freed 4 blobs, [0-9.]+ kB\n", cachedb("rm", "app:1").stdout)
 
 

@@ -83,7 +83,7 @@ def test_df_prints_the_totals_and_with_v_the_images(cachedb: Run, directory: Pat
         fill(cache)
         usage_of_cache = cache.get_usage()
     printed = cachedb("df").stdout
-    assert "images            3, 1 incomplete" in printed
+    assert "images                3\n  incomplete          1\n" in printed
     assert "app:2" not in printed
     heading, *images = cachedb("df", "-v").stdout.splitlines()[-4:]
     assert heading.split() == ["NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST", "USED"]

@@ -1,0 +1,422 @@
+"""Select images by name, pattern and property: the filters that several commands share.
+
+`narrow` adds the conditions to a query of the table of images. So a command selects and changes images in one
+transaction, and no image changes in between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, column, false, func, literal, or_, select, table
+
+from cachedb.errors import InvalidQuery, NotInCache
+from cachedb.index.blobs import starts_with
+from cachedb.index.images import find
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES
+from cachedb.oci.names import Name
+from cachedb.oci.platforms import is_for
+from cachedb.text import parse_duration, shorten
+
+__all__ = [
+    "KEYS",
+    "SORTS",
+    "Filters",
+    "FoundImage",
+    "build_conditions",
+    "find_images",
+    "is_pattern",
+    "narrow",
+    "parse_filters",
+    "parse_wanted",
+    "rename_all",
+]
+
+
+_PATTERNS_LIMIT = 500  # in one statement; SQLite limits the depth of an expression to 1000
+
+
+class Filters(NamedTuple):
+    """Conditions that all selected images fulfil, with their order and number."""
+
+    labels: tuple[tuple[str, str | None], ...] = ()  # keys with their values; None allows any value
+    platforms: tuple[str, ...] = ()  # each os/architecture[/variant]; the image is for all of them
+    unused_for: float | None = None  # seconds since the last use, at least
+    added_before: datetime | None = None  # the name came here before; a naive time is UTC
+    base: str | None = None  # the name of an image that the image is built on, directly or not
+    incomplete: bool | None = None  # True: lacks a blob; False: lacks none
+    digest: str | None = None  # of the manifest or index, or its first 12 digits or more
+    sort: str | None = None  # one of SORTS, with a - in front for the reverse; None sorts by name
+    limit: int | None = None  # the most images
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether a condition may exclude an image."""
+        return self._replace(sort=None, limit=None) != Filters()
+
+
+class FoundImage(NamedTuple):
+    """The row of a selected image."""
+
+    id: int
+    name: Name
+
+
+# Parsing
+
+KEYS: Final = ("label", "platform", "unused-for", "added-before", "base", "incomplete", "digest")
+"""The keys of filters in text: ``KEY=VALUE``."""
+
+
+def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int | None = None) -> Filters:
+    """Parse filters such as ``label=team=web``, ``unused-for=7d`` and ``incomplete``.
+
+    Args:
+        texts: the filters; all of them must hold.
+        sort: as in `Filters`.
+        limit: as in `Filters`.
+
+    Raises:
+        InvalidQuery: if one of them is invalid, or only one filter of its key is possible.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if key not in KEYS:
+            raise InvalidQuery(f"{shorten(text)} is not a filter: use one of {', '.join(KEYS)}")
+        if not value and key != "incomplete":
+            raise InvalidQuery(f"the filter {key} has no value: write {key}=VALUE")
+        field = {"label": "labels", "platform": "platforms"}.get(key, key.replace("-", "_"))
+        parsed = _parse_value(key, value, text)
+        if field in ("labels", "platforms"):
+            found[field] = (*found.get(field, ()), parsed)
+        elif field in found:
+            raise InvalidQuery(f"the filter {key} is given twice: give it once")
+        else:
+            found[field] = parsed
+    return Filters(**found, sort=sort, limit=limit)
+
+
+def _parse_value(key: str, value: str, text: str) -> object:
+    if key == "label":
+        name, equals, wanted = value.partition("=")
+        return name, wanted if equals else None
+    if key == "unused-for":
+        seconds = parse_duration(value)
+        if seconds is None:
+            raise InvalidQuery(f"{shorten(text)} has no duration: write it as in unused-for=7d")
+        return seconds
+    if key == "added-before":
+        return _parse_time(value, text)
+    if key == "incomplete":
+        if value not in ("", "true", "false"):
+            raise InvalidQuery(f"{shorten(text)} is not a filter: write incomplete, or incomplete=false")
+        return value != "false"
+    return value
+
+
+def _parse_time(value: str, text: str) -> datetime:
+    """Return the time of an age such as 24h, or of an ISO date or time, in UTC unless it says otherwise."""
+    seconds = parse_duration(value)
+    if seconds is not None:
+        return _subtract_seconds(seconds)
+    try:
+        found = datetime.fromisoformat(value)
+    except ValueError:
+        raise InvalidQuery(
+            f"{shorten(text)} has no time: write it as in added-before=24h, or 2026-01-31, or 2026-01-31T12:00"
+        ) from None
+    return _make_aware(found)
+
+
+def _make_aware(time: datetime) -> datetime:
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _subtract_seconds(seconds: float) -> datetime:
+    """Return the time some seconds ago; the first time of all if that is too long ago."""
+    try:
+        return datetime.now(UTC) - timedelta(seconds=seconds)
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def is_pattern(text: str | Name) -> bool:
+    """Return whether a text is a pattern: it has ``*``, ``?`` or ``[``, which no name has."""
+    # The host of a name may be an IPv6 address in brackets.
+    return isinstance(text, str) and re.search(r"[*?]|\[(?![0-9A-Fa-f]*:[0-9A-Fa-f:]*\])", text) is not None
+
+
+def parse_wanted(wanted: Iterable[str | Name]) -> list[str | Name]:
+    """Return patterns unchanged, and other texts as names.
+
+    Raises:
+        InvalidName: if a text is neither.
+    """
+    return [text if is_pattern(text) else Name.parse(text) for text in wanted]
+
+
+# Selecting
+
+
+def narrow(
+    connection: Connection,
+    query: Select[*tuple[Any, ...]],
+    wanted: Sequence[str | Name] = (),
+    filters: Filters | None = None,
+    *,
+    exact: bool = False,
+    ignore_missing: bool = False,
+) -> Select[*tuple[Any, ...]]:
+    """Return a query of the table of images, limited to the images that are wanted.
+
+    Args:
+        connection: in whose transaction the query will be executed.
+        query: selects from the table of images.
+        wanted: names and patterns; an image must match one of them. Without any, all images are wanted.
+        filters: conditions that the images must fulfil too.
+        exact: whether ``repository@digest`` finds only an image with this name, and no tag.
+        ignore_missing: skip names and patterns that match no image.
+
+    Raises:
+        NotInCache: if a name or a pattern matches no image, whatever the filters.
+        InvalidQuery: if there is no such order, or there are too many patterns.
+    """
+    filters = filters or Filters()
+    conditions = build_conditions(connection, filters)
+    if wanted:
+        conditions.append(_is_wanted(connection, wanted, exact=exact, ignore_missing=ignore_missing))
+    return query.where(*conditions).order_by(*_build_order(filters.sort)).limit(filters.limit)
+
+
+def find_images(
+    connection: Connection,
+    wanted: Sequence[str | Name],
+    filters: Filters | None = None,
+    *,
+    exact: bool = False,
+    ignore_missing: bool = False,
+    by_default_all: bool = False,
+) -> list[FoundImage]:
+    """Return the wanted images in their order; the other arguments and the errors are those of `narrow`.
+
+    Args:
+        by_default_all: select all images if there are neither names nor patterns nor conditions. Otherwise select none
+            then, so that an empty list removes nothing.
+    """
+    filters = filters or Filters()
+    if not wanted and not filters.has_conditions and not by_default_all:
+        return []
+    if wanted and filters == Filters() and not any(map(is_pattern, wanted)):
+        names = {Name.parse(text): None for text in wanted}  # finding them one by one is faster
+        return [
+            FoundImage(row_id, name)
+            for name in names
+            for row_id in _find_ids(connection, name, exact=exact, ignore_missing=ignore_missing)
+        ]
+    query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference)
+    query = narrow(connection, query, wanted, filters, exact=exact, ignore_missing=ignore_missing)
+    return [FoundImage(row.id, Name(row.repository, row.reference)) for row in connection.execute(query)]
+
+
+def _is_wanted(
+    connection: Connection, wanted: Sequence[str | Name], *, exact: bool, ignore_missing: bool
+) -> ColumnElement[bool]:
+    patterns = [str(text) for text in wanted if is_pattern(text)]
+    if len(patterns) > _PATTERNS_LIMIT:
+        raise InvalidQuery(f"there are {len(patterns)} patterns: give at most {_PATTERNS_LIMIT}")
+    matches = [_is_like(pattern) for pattern in patterns]
+    if not ignore_missing:
+        for pattern, is_match in zip(patterns, matches, strict=True):
+            if connection.execute(select(IMAGES.c.id).where(is_match).limit(1)).first() is None:
+                raise NotInCache(
+                    f"{shorten(pattern)} matches no image: a pattern must match a whole name, such as 'team/*:1'",
+                    name=pattern,
+                )
+    ids = [
+        row_id
+        for text in wanted
+        if not is_pattern(text)
+        for row_id in _find_ids(connection, Name.parse(text), exact=exact, ignore_missing=ignore_missing)
+    ]
+    # Ids become part of the statement, because SQLite limits the number of parameters.
+    return or_(*matches, IMAGES.c.id.in_([literal(row_id, literal_execute=True) for row_id in ids]))
+
+
+def _find_ids(connection: Connection, name: Name, *, exact: bool, ignore_missing: bool) -> list[int]:
+    try:
+        return [find(connection, name, exact=exact).id]
+    except NotInCache:
+        if ignore_missing:
+            return []
+        raise
+
+
+def _is_like(pattern: str) -> ColumnElement[bool]:
+    # SQLite's GLOB negates a set with ^, and its * also matches a slash.
+    return _NAME.op("GLOB", is_comparison=True)(pattern.replace("[!", "[^"))
+
+
+_NAME: Final[ColumnElement[str]] = (
+    IMAGES.c.repository
+    + case((func.instr(IMAGES.c.reference, ":") > 0, literal("@")), else_=literal(":"))
+    + IMAGES.c.reference
+)
+
+
+def build_conditions(connection: Connection, filters: Filters) -> list[ColumnElement[bool]]:
+    """Return the conditions of filters on the table of images.
+
+    Raises:
+        NotInCache: if the base is not in the cache.
+        InvalidDigest: if the digest is too short, or not one.
+        InvalidName: if the base is not a name.
+    """
+    conditions = [_has_label(key, value) for key, value in filters.labels]
+    conditions += [_is_for_platform(connection, platform) for platform in filters.platforms]
+    if filters.unused_for is not None:
+        conditions.append(IMAGES.c.last_used_at <= _subtract_seconds(filters.unused_for))
+    if filters.added_before is not None:
+        conditions.append(IMAGES.c.added_at < _make_aware(filters.added_before))
+    if filters.base is not None:
+        conditions.append(_is_built_on(connection, find(connection, Name.parse(filters.base)).id))
+    if filters.incomplete is not None:
+        conditions.append(_lacks_blob() if filters.incomplete else ~_lacks_blob())
+    if filters.digest is not None:
+        conditions.append(IMAGES.c.manifest_id.in_(select(BLOBS.c.id).where(starts_with(filters.digest))))
+    return conditions
+
+
+def _has_label(key: str, value: str | None) -> ColumnElement[bool]:
+    found = select(IMAGE_LABELS.c.image_id).where(IMAGE_LABELS.c.key == key)
+    return IMAGES.c.id.in_(found if value is None else found.where(IMAGE_LABELS.c.value == value))
+
+
+def _is_for_platform(connection: Connection, wanted: str) -> ColumnElement[bool]:
+    # Few platforms occur in a cache, so Python chooses the fitting ones, by the rules of all other commands.
+    columns = (_PLATFORMS.c.os, _PLATFORMS.c.architecture, _PLATFORMS.c.variant)
+    fitting = [
+        and_(*(column.is_not_distinct_from(part) for column, part in zip(columns, row, strict=True)))
+        for row in connection.execute(select(*columns).distinct())
+        if is_for("/".join(part for part in row if part), wanted)
+    ]
+    return _NAME.in_(select(_PLATFORMS.c.name).where(or_(*fitting))) if fitting else false()
+
+
+_PLATFORMS: Final = table("platforms", column("name"), column("os"), column("architecture"), column("variant"))
+
+
+def _lacks_blob() -> ColumnElement[bool]:
+    missing = select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    return IMAGES.c.id.in_(missing.where(BLOBS.c.stored_at.is_(None)))
+
+
+def _is_built_on(connection: Connection, base_id: int) -> ColumnElement[bool]:
+    """Return the condition that the first layers of an image are all layers of the base, and that it has more.
+
+    As in the view ``image_bases``, an image whose layers are not in one row has no base: it has several platforms.
+    """
+    own, theirs = IMAGE_BLOBS.alias("own"), IMAGE_BLOBS.alias("theirs")
+    layers = select(IMAGE_BLOBS.c.position, IMAGE_BLOBS.c.blob_id).where(
+        IMAGE_BLOBS.c.image_id == base_id, IMAGE_BLOBS.c.role == "layer"
+    )
+    stack = connection.execute(layers.order_by(IMAGE_BLOBS.c.position)).all()
+    if not stack or stack[-1].position - stack[0].position != len(stack) - 1:
+        return false()
+    with_top = select(own.c.image_id).where(own.c.blob_id == stack[-1].blob_id)
+    longer = (
+        select(own.c.image_id, func.min(own.c.position).label("first"))
+        .where(own.c.role == "layer", own.c.image_id.in_(with_top))
+        .group_by(own.c.image_id)
+        .having(func.count() > len(stack), func.max(own.c.position) - func.min(own.c.position) == func.count() - 1)
+        .subquery()
+    )
+    base = layers.subquery()
+    is_same = and_(
+        theirs.c.image_id == longer.c.image_id,
+        theirs.c.blob_id == base.c.blob_id,
+        theirs.c.position - longer.c.first == base.c.position - stack[0].position,
+    )
+    return IMAGES.c.id.in_(
+        select(longer.c.image_id)
+        .join(theirs, theirs.c.image_id == longer.c.image_id)
+        .join(base, is_same)
+        .group_by(longer.c.image_id)
+        .having(func.count() == len(stack))
+    )
+
+
+# Ordering
+
+
+def _sum_sizes() -> ColumnElement[int]:
+    blobs = BLOBS.alias("sized")  # the query may have the table of blobs, too
+    contents = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == IMAGES.c.id).correlate(IMAGES)
+    return select(func.sum(blobs.c.size)).where(blobs.c.id.in_(contents)).correlate(IMAGES).scalar_subquery()
+
+
+_SORTS: Final[dict[str, ColumnElement[Any]]] = {
+    "name": _NAME,
+    "size": _sum_sizes(),
+    "created": IMAGES.c.created,
+    "added": IMAGES.c.added_at,
+    "used": IMAGES.c.last_used_at,
+}
+SORTS: Final = tuple(_SORTS)
+"""What images can be sorted by: the smallest, the first in the alphabet, or the oldest comes first."""
+
+
+def _build_order(sort: str | None) -> list[ColumnElement[Any]]:
+    by_name: list[ColumnElement[Any]] = [IMAGES.c.repository, IMAGES.c.reference]
+    if sort is None:
+        return by_name
+    column = _SORTS.get(sort.removeprefix("-"))
+    if column is None:
+        raise InvalidQuery(f"{shorten(sort)} is no order: use one of {', '.join(SORTS)}, with - in front to reverse it")
+    # Images without a time of build come last.
+    return [column.is_(None), column.desc() if sort.startswith("-") else column, *by_name]
+
+
+# Renaming
+
+
+def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
+    """Return a target for each name, in which each ``*`` is what the ``*`` of a pattern matched in that name.
+
+    Raises:
+        InvalidQuery: if the target has another number of ``*`` than the pattern; or if a result occurs twice, or is
+            one of the other names.
+        InvalidName: if a result is not a name.
+    """
+    stars = pattern.count("*")
+    if target.count("*") != stars:
+        raise InvalidQuery(
+            f"{shorten(pattern)} has {stars} '*', but {shorten(target)} has {target.count('*')}: give equally many"
+        )
+    expression = _compile_pattern(pattern) if is_pattern(pattern) else re.compile(".*")
+    renamed: list[Name] = []
+    for name in names:
+        match = expression.fullmatch(str(name))
+        assert match is not None  # the pattern has found the name
+        texts = iter(match.groups())
+        new = Name.parse("".join(next(texts) if part == "*" else part for part in re.split(r"(\*)", target)))
+        if new in renamed:
+            raise InvalidQuery(f"{shorten(target)} gives several images the name {new}: select one of them")
+        if new != name and new in names:
+            raise InvalidQuery(f"{shorten(target)} gives the name {new}, which is to get another name itself")
+        renamed.append(new)
+    return renamed
+
+
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Return a pattern as an expression in which each ``*`` is a group."""
+    parts = re.split(r"(\*|\?|\[[^\]]+\])", pattern)
+    return re.compile("".join({"*": "(.*)", "?": "."}.get(part) or _to_expression(part) for part in parts))
+
+
+def _to_expression(part: str) -> str:
+    is_set = part.startswith("[") and part.endswith("]")
+    return part.replace("\\", r"\\").replace("[!", "[^") if is_set else re.escape(part)
