@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -1317,7 +1317,7 @@ class Cache:
 
     def export(
         self,
-        name: str | Name,
+        name: str | Name | Sequence[str | Name],
         destination: str | os.PathLike[str] | BinaryIO,
         *,
         format: Format = "docker",
@@ -1326,23 +1326,25 @@ class Cache:
         link: bool = False,
         referrers: bool = False,
         convert: Literal["oci"] | None = None,
+        filters: Filters | None = None,
+        ignore_missing: bool = False,
         progress: Progress | None = None,
-    ) -> None:
-        """Export an image to an archive or a folder.
+    ) -> list[Name]:
+        """Export an image, or several, to one archive or folder.
 
         Every blob is verified. A file gets its name only when it is complete. The same image gives the same bytes on
         all hosts of one platform.
 
         Args:
-            name: the image's name.
+            name: the image's name, or a pattern, or a sequence of both.
             destination: a path; or a file open for writing in binary mode, for the formats of archives.
             format: ``docker`` for an OCI archive that ``docker load`` reads too, ``docker-archive``, ``oci-archive``,
                 or ``oci-dir`` for an image layout folder. An existing image layout gains the image. A
                 ``docker-archive`` holds one platform of an index: the host's. In a ``docker`` archive, the classic
                 ``docker load`` finds the host's platform, or else the first. ``dir`` is the folder of skopeo's
                 transport of that name, which holds one platform too, and no name.
-            tag: the name in the archive, instead of ``name``. For an image layout, this may be only a tag, which
-                skopeo then finds.
+            tag: the name of the only image in the archive, instead of its own. For an image layout, this may be only a
+                tag, which skopeo then finds.
             platform: ``os/architecture[/variant]``, to export one platform of an index as an image of its own.
             link: hard-link the cache's files into a folder where the file system allows it.
             referrers: also export the referrers (signatures, SBOMs) that a pull has attached to the image. Without
@@ -1350,7 +1352,12 @@ class Cache:
             convert: ``oci`` to replace Docker's media types in the manifests by those of OCI. The digests of changed
                 manifests differ from those in the cache; configs and layers stay the same. Without it, the logger
                 ``cachedb`` gets a warning for an image whose name in a layout skopeo cannot find.
+            filters: conditions that the images must fulfil too. Without names, they choose from all images.
+            ignore_missing: skip names and patterns that match no image.
             progress: called with the bytes written so far and the total.
+
+        Returns:
+            The names of the exported images; without any, nothing is written.
 
         Raises:
             NotInCache: if there is no such image, or the image does not have the platform.
@@ -1367,11 +1374,13 @@ class Cache:
         check_text(tag=tag, platform=platform, convert=convert, optional=True)
         check_functions(progress=progress)
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
-        export_archive(
+        return export_archive(
             self._database,
             self._session,
-            Name.parse(name),
+            parse_wanted([name] if isinstance(name, (str, Name)) else name),
             path,
+            filters=filters,
+            ignore_missing=ignore_missing,
             format=format,
             tag=tag,
             platform=platform,

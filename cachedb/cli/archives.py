@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.fields import describe_image, print_images
-from cachedb.cli.options import NAME, SizeParameter, format_examples, format_option, quiet_option
+from cachedb.cli.options import (
+    NAME,
+    SizeParameter,
+    check_selection,
+    filter_options,
+    format_examples,
+    format_option,
+    ignore_missing_option,
+    quiet_option,
+)
 from cachedb.cli.output import print_json
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import get_stdin, get_stdout
 from cachedb.transports.archive.formats import FOLDER_FORMATS, FORMATS, Format
 from cachedb.transports.archive.locations import parse_location
+
+if TYPE_CHECKING:
+    from cachedb.index.filters import Filters
 
 __all__ = []
 
@@ -136,10 +148,11 @@ def import_(
         "cachedb export --format oci-dir --link app:1 layout/",
         "cachedb export --format oci-archive --referrers app:1 app.tar",
         "cachedb export --format oci-archive --convert oci app:1 app.tar",
+        "cachedb export 'team/*' app:1 all.tar",
+        "cachedb export --filter label=stage=production -o production.tar",
     )
 )
-@click.argument("name", type=NAME)
-@click.argument("destination", metavar="[DEST]", required=False, type=click.Path())
+@click.argument("names", metavar="[NAME|PATTERN]... [DEST]", nargs=-1, type=NAME)
 @click.option(
     "-o", "--output", metavar="DEST", type=click.Path(), help="Another way to give DEST, as in `docker save`."
 )
@@ -157,24 +170,29 @@ def import_(
     type=click.Choice(["oci"]),
     help="Replace Docker's media types by OCI's, so that skopeo finds the image by name. Its digest changes.",
 )
+@filter_options
+@ignore_missing_option
 def export(
-    name: str,
-    destination: str | None,
+    names: tuple[str, ...],
     output: str | None,
     form: Format | None,
     platform: str | None,
     link: bool,
     referrers: bool,
     convert: Literal["oci"] | None,
+    filters: Filters | None,
+    ignore_missing: bool,
 ) -> None:
-    """Export an image to an archive or a folder.
+    """Export an image, or several, to one archive or folder.
 
     DEST is a file, a folder for oci-dir and dir, or - for stdout. A transport of skopeo in front sets the format, as
     in oci-archive:PATH[:TAG]; the others are oci:, docker-archive: and dir:. TAG is the name in the archive. An
-    existing file is replaced only by a complete archive. An existing image layout gains the image. The same image
+    existing file is replaced only by a complete archive. An existing image layout gains the images. The same image
     gives the same bytes on all hosts of one platform.
     """
-    location = parse_location(_choose_destination(destination, output))
+    names, destination = _split_destination(names, output, is_selected=filters is not None)
+    check_selection(names, filters, ignore_missing=ignore_missing)
+    location = parse_location(destination)
     if location.format and form not in (None, location.format):
         raise click.UsageError(f"DEST begins with another format than --format {form}: leave one of them out")
     form = location.format or form or "docker"
@@ -188,8 +206,8 @@ def export(
             raise click.UsageError("stdout is a terminal: redirect it or name a file")
         opened = get_stdout()
     with open_cache() as cache, show_progress("exporting") as progress:
-        cache.export(
-            name,
+        exported = cache.export(
+            names,
             opened,  # type: ignore[arg-type]
             format=form,
             tag=location.tag,
@@ -197,12 +215,24 @@ def export(
             link=link,
             referrers=referrers,
             convert=convert,
+            filters=filters,
+            ignore_missing=ignore_missing,
             progress=progress,
         )
+    if not exported:
+        click.echo("no image matches: nothing is exported", err=True)
 
 
-def _choose_destination(destination: str | None, output: str | None) -> str:
-    given = [text for text in (destination, output) if text is not None]
-    if len(given) != 1:
-        raise click.UsageError("give the destination once: as DEST, or with -o DEST")
-    return given[0]
+def _split_destination(names: tuple[str, ...], output: str | None, *, is_selected: bool) -> tuple[tuple[str, ...], str]:
+    """Return the names and the destination; the latter is the last argument, unless it is given with -o.
+
+    Args:
+        names: the arguments.
+        output: the value of -o.
+        is_selected: whether filters select images, so that names are not needed.
+    """
+    if output is not None:
+        return names, output
+    if len(names) < (1 if is_selected else 2):
+        raise click.UsageError("expected names and a destination: give DEST as the last argument, or with -o DEST")
+    return names[:-1], names[-1]

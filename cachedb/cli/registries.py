@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
+from cachedb.cli.fields import describe_image
+from cachedb.cli.options import (
+    NAME,
+    check_selection,
+    filter_options,
+    format_examples,
+    format_option,
+    ignore_missing_option,
+    quiet_option,
+    registry_options,
+)
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_downloads, show_transfer
 from cachedb.cli.streams import read_text
@@ -17,7 +27,9 @@ from cachedb.threads import in_threads
 
 if TYPE_CHECKING:
     from cachedb.cache import Cache
+    from cachedb.index.filters import Filters
     from cachedb.index.records import ImageInfo
+    from cachedb.oci.names import Name
     from cachedb.operations.pull import Pulled, PullPlan
     from cachedb.operations.push import Pushed
     from cachedb.progress import Advance
@@ -221,7 +233,7 @@ def _flatten(pulled: Pulled) -> dict[str, object]:
     """Return the fields of the image and those of its pull."""
     fields = pulled._asdict()
     image: ImageInfo = fields.pop("image")
-    return {**image._asdict(), **fields}
+    return {**describe_image(image), **fields}
 
 
 @click.command(
@@ -229,40 +241,67 @@ def _flatten(pulled: Pulled) -> dict[str, object]:
         "cachedb push registry.example.org:5000/team/app:1",
         "cachedb push app:1 registry.example.org:5000/team/app:1",
         "cachedb push --all-tags app localhost:5000/app",
+        "cachedb push 'team/*' 'registry.example.org:5000/team/*'",
+        "cachedb push --filter label=stage=production",
     )
 )
-@click.argument("name", type=NAME)
-@click.argument("target", required=False, type=NAME)
+@click.argument("name", metavar="[NAME|PATTERN]", required=False, type=NAME)
+@click.argument("target", metavar="[TARGET]", required=False, type=NAME)
 @click.option("-a", "--all-tags", is_flag=True, help="Push all tags of the repository NAME to the repository TARGET.")
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of a multi-platform image.")
 @registry_options
+@filter_options
+@ignore_missing_option
 @format_option
 @quiet_option("the pushed images' names by digest")
 def push(
-    name: str,
+    name: str | None,
     target: str | None,
     all_tags: bool,
     platform: str | None,
+    filters: Filters | None,
+    ignore_missing: bool,
     form: str,
     quiet: bool,
     **access: Any,  # noqa: ANN401 - the options of `registry_options`
 ) -> None:
-    """Push an image to a registry, uploading only missing blobs.
+    """Push an image to a registry, or several images, uploading only missing blobs.
 
     The image is pushed to NAME, or to TARGET if given, and keeps its digest. Referrers that `cachedb pull --referrers`
     stored are pushed too. A name without a registry belongs to Docker Hub. localhost is contacted over HTTP.
+    A PATTERN pushes each image that matches when the command begins; each * of TARGET becomes what its * matched.
+    The first failure ends the command.
     """
-    if all_tags and platform:
-        raise click.UsageError("--all-tags and --platform exclude each other: give one of them")
+    if all_tags and (platform or filters or ignore_missing or name is None):
+        raise click.UsageError("--all-tags takes a repository, and neither --platform nor filters")
+    check_selection([name] if name else [], filters, ignore_missing=ignore_missing)
     found: list[Pushed] = []
     try:
-        with open_cache() as cache, show_transfer(f"pushing {name}", quiet=quiet) as callbacks:
-            if all_tags:
-                found.extend(cache.push_tags(name, target, **access, **callbacks))
-            else:
-                found.append(cache.push(name, target, platform=platform, **access, **callbacks))
-    finally:  # print the tags that were pushed before a failure
+        with open_cache() as cache:
+            if all_tags and name:
+                with show_transfer(f"pushing {name}", quiet=quiet) as callbacks:
+                    found.extend(cache.push_tags(name, target, **access, **callbacks))
+                return
+            for source, pushed_name in _choose_pushes(cache, name, target, filters, ignore_missing=ignore_missing):
+                with show_transfer(f"pushing {source}", quiet=quiet) as callbacks:
+                    found.append(cache.push(source, pushed_name, platform=platform, **access, **callbacks))
+    finally:  # print the images that were pushed before a failure
         _print_pushed(found, form, quiet=quiet)
+    if not found:
+        click.echo("no image matches: nothing is pushed", err=True)
+
+
+def _choose_pushes(
+    cache: Cache, name: str | None, target: str | None, filters: Filters | None, *, ignore_missing: bool
+) -> list[tuple[str | Name, str | Name | None]]:
+    """Return the names of the images to push, each with its name at the registry, None for the same."""
+    from cachedb.index.filters import is_pattern, rename_all
+
+    if name and filters is None and not ignore_missing and not is_pattern(name):
+        return [(name, target)]
+    names = cache.list_names(*[name] if name else [], filters=filters, ignore_missing=ignore_missing)
+    targets = names if target is None else rename_all(names, name or "*", target)
+    return list(zip(names, targets, strict=True))
 
 
 def _print_pushed(found: list[Pushed], form: str, *, quiet: bool) -> None:

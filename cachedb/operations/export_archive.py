@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from cachedb.content.session import Session
 from cachedb.disk.reader import read_small_blob
 from cachedb.disk.waiting import LOG
 from cachedb.errors import CacheError, InvalidManifest, InvalidName
-from cachedb.index.records import BlobInfo
+from cachedb.index.filters import Filters, is_pattern
+from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.closure import Closure
 from cachedb.oci.conversion import convert_to_oci
@@ -25,7 +26,7 @@ from cachedb.oci.names import Name
 from cachedb.oci.platforms import host_platform, is_for
 from cachedb.progress import Progress, sum_progress
 from cachedb.text import shorten
-from cachedb.transports.archive.entries import list_entries
+from cachedb.transports.archive.entries import Entry, list_entries, merge_entries
 from cachedb.transports.archive.formats import FOLDER_FORMATS, FORMATS, MANIFEST_FORMATS
 from cachedb.transports.archive.write_layout import write_layout
 from cachedb.transports.archive.write_tar import write_tar
@@ -36,9 +37,11 @@ __all__ = ["export_archive"]
 def export_archive(
     database: Database,
     session: Session,
-    name: Name,
+    wanted: Sequence[str | Name],
     destination: Path | BinaryIO,
     *,
+    filters: Filters | None = None,
+    ignore_missing: bool = False,
     format: str,
     tag: str | None,
     platform: str | None,
@@ -46,46 +49,90 @@ def export_archive(
     referrers: bool,
     convert: str | None,
     progress: Progress | None,
-) -> None:
-    """Export an image, as `Cache.export` does."""
+) -> list[Name]:
+    """Export images, as `Cache.export` does, and return their names."""
     _check_options(format, destination, tag, link=link, referrers=referrers, convert=convert)
-    named = name if tag is None else _parse_tag(name, tag, format)
-    read = partial(read_document, database.directory)
-    with hold_images(database, session, name) as ((info, blobs),):
-        whole = closure = read_closure(database.directory, name, info, blobs)
-        if platform is not None or format in MANIFEST_FORMATS:
-            closure = closure.for_platform(name, platform, read)
-        else:
-            closure = closure.keep_present({blob.digest for blob in blobs})
-        if convert:
-            closure = convert_to_oci(closure)
-        elif format not in MANIFEST_FORMATS and closure.root.media_type in (oci.DOCKER_MANIFEST, oci.DOCKER_LIST):
-            LOG.warning("skopeo cannot find %s by name, because it has Docker media types: add --convert oci", name)
-        if tag is not None and named.digest not in (None, closure.root.digest):
-            raise InvalidName(f"{named} names another digest than {closure.root.digest}: use a tag or this digest")
-        if format == "docker-archive" and (kind := closure.find_artifact_type(closure.root)):
-            raise CacheError(
-                f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "
-                "use the format oci-archive"
+    with hold_images(database, session, *wanted, filters=filters, ignore_missing=ignore_missing) as held:
+        if len(held) > 1 and (tag is not None or format == "dir"):
+            what = "a tag names one image" if tag is not None else "the format dir holds one image"
+            raise CacheError(f"{what}, but {len(held)} are exported: export them one by one")
+        # A digest may have found a tag; the archive then has the name as it was given.
+        given = wanted[0] if len(wanted) == 1 and not is_pattern(wanted[0]) else None
+        names = [info.name if given is None else Name.parse(given) for info, _ in held]
+        if not names:
+            return []
+        files = merge_entries(
+            _list_image_entries(
+                database.directory,
+                name,
+                info,
+                blobs,
+                format=format,
+                tag=tag,
+                platform=platform,
+                referrers=referrers,
+                convert=convert,
             )
-        if format == "docker-archive" and closure.lacks_layers(closure.root):
-            raise CacheError(
-                f"{name} lacks foreign layers, which a docker-archive must hold: use the format oci-archive"
-            )
-        docker_image = _choose_docker_image(closure, read) if format == "docker" else None
-        attached: list[Closure] = []
-        if referrers:
-            attached = _find_referrers(database.directory, name, whole, closure, blobs)
-        else:
-            _warn_of_referrers(database.directory, name, whole, blobs, format)
-        files = list_entries(named, closure, format, ref_name=tag, docker_image=docker_image, referrers=attached)
+            for name, (info, blobs) in zip(names, held, strict=True)
+        )
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format not in FOLDER_FORMATS:
             write_tar(database.directory, files, destination, advance)
-            return
+            return names
         assert isinstance(destination, Path)
         seconds = database.wait_seconds
         write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=advance)
+        return names
+
+
+def _list_image_entries(
+    directory: Path,
+    name: Name,
+    info: ImageInfo,
+    blobs: list[BlobInfo],
+    *,
+    format: str,
+    tag: str | None,
+    platform: str | None,
+    referrers: bool,
+    convert: str | None,
+) -> list[Entry]:
+    """Return the files of an archive with one image.
+
+    Args:
+        directory: of the cache.
+        name: of the image.
+        info: the image, which the caller must hold.
+        blobs: of the image.
+        format: as in `Cache.export`, like the arguments below.
+    """
+    named = name if tag is None else _parse_tag(name, tag, format)
+    read = partial(read_document, directory)
+    whole = closure = read_closure(directory, name, info, blobs)
+    if platform is not None or format in MANIFEST_FORMATS:
+        closure = closure.for_platform(name, platform, read)
+    else:
+        closure = closure.keep_present({blob.digest for blob in blobs})
+    if convert:
+        closure = convert_to_oci(closure)
+    elif format not in MANIFEST_FORMATS and closure.root.media_type in (oci.DOCKER_MANIFEST, oci.DOCKER_LIST):
+        LOG.warning("skopeo cannot find %s by name, because it has Docker media types: add --convert oci", name)
+    if tag is not None and named.digest not in (None, closure.root.digest):
+        raise InvalidName(f"{named} names another digest than {closure.root.digest}: use a tag or this digest")
+    if format == "docker-archive" and (kind := closure.find_artifact_type(closure.root)):
+        raise CacheError(
+            f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "
+            "use the format oci-archive"
+        )
+    if format == "docker-archive" and closure.lacks_layers(closure.root):
+        raise CacheError(f"{name} lacks foreign layers, which a docker-archive must hold: use the format oci-archive")
+    docker_image = _choose_docker_image(closure, read) if format == "docker" else None
+    attached: list[Closure] = []
+    if referrers:
+        attached = _find_referrers(directory, name, whole, closure, blobs)
+    else:
+        _warn_of_referrers(directory, name, whole, blobs, format)
+    return list_entries(named, closure, format, ref_name=tag, docker_image=docker_image, referrers=attached)
 
 
 def _check_options(

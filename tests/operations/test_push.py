@@ -169,6 +169,25 @@ def test_push_tags_pushes_all_tags_of_a_repository(cache: Cache, remote: Registr
         next(cache.push_tags("nothing"))
 
 
+def test_a_pattern_pushes_each_image_to_its_name_or_to_a_target_with_its_stars(
+    cachedb: Run, cache: Cache, remote: Registry
+) -> None:
+    done = cachedb("push", "app:*", f"{remote.host}/mirror/x*:v*", "-q")
+    assert (done.returncode, done.stdout) == (2, "")
+    pushed = cachedb("push", "app:*", f"{remote.host}/mirror/app:v*", "-q")
+    assert pushed.stdout.split() == [f"{remote.host}/mirror/app@{image.digest}" for image in (FIRST, SECOND)]
+    assert_has(remote, "mirror/app", "v2", SECOND)
+    cache.tag("app:1", f"{remote.host}/own:1")
+    assert cachedb("push", "--filter", "incomplete=false", f"{remote.host}/*").returncode == 0
+    assert_has(remote, "own", "1", FIRST)
+    assert ("app", "1") not in remote.manifests
+    assert cachedb("push", "nope*").returncode == 3
+    none = cachedb("push", "nope*", "--ignore-missing")
+    assert (none.returncode, none.stderr) == (0, "no image matches: nothing is pushed\n")
+    assert cachedb("push").returncode == 2
+    assert cachedb("push", "--all-tags", "app", "--filter", "incomplete").returncode == 2
+
+
 def test_a_target_with_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
     with pytest.raises(InvalidName, match="names another digest than"):
         cache.push("app:1", f"{remote.host}/app@{SECOND.digest}")

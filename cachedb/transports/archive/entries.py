@@ -6,6 +6,8 @@ The same image gives the same bytes: the order of the files, and their times, ow
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from cachedb import oci
@@ -15,7 +17,7 @@ from cachedb.oci.manifests import Descriptor, find_compression
 from cachedb.oci.names import Name
 from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, path_in_layout
 
-__all__ = ["Entry", "json_entry", "list_entries"]
+__all__ = ["Entry", "json_entry", "list_entries", "merge_entries"]
 
 
 _DIR_VERSION: Final = b"Directory Transport Version: 1.1\n"  # of skopeo's transport `dir:`
@@ -83,6 +85,30 @@ def list_entries(
     # Documents come first, so that a reader of a stream learns early what the image is.
     documents = {path_in_layout(digest) for part in (closure, *referrers) for digest in part.documents}
     return found + sorted(blobs.values(), key=lambda entry: (entry.path not in documents, entry.path))
+
+
+def merge_entries(images: Iterable[list[Entry]]) -> list[Entry]:
+    """Return the files of one archive of several images, given the files that `list_entries` returns for each."""
+    merged: dict[str, Entry] = {}
+    for entry in chain.from_iterable(images):
+        old = merged.get(entry.path)
+        if old is None:
+            merged[entry.path] = entry
+        elif entry.path in ("index.json", "manifest.json"):
+            merged[entry.path] = _merge_documents(old, entry)
+    return list(merged.values())
+
+
+def _merge_documents(old: Entry, new: Entry) -> Entry:
+    """Return an index.json or a manifest.json with the images of both."""
+    assert isinstance(old.content, bytes)
+    assert isinstance(new.content, bytes)
+    first, second = json.loads(old.content), json.loads(new.content)
+    if isinstance(first, list):
+        return json_entry(old.path, first + [image for image in second if image not in first])
+    listed = first["manifests"]
+    index = oci.build_index(listed + [image for image in second["manifests"] if image not in listed])
+    return Entry(old.path, len(index), index)
 
 
 def _entry(blob: Descriptor, closure: Closure) -> Entry:

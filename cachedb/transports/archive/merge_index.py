@@ -1,4 +1,4 @@
-"""Add an image to the index.json of an existing image layout."""
+"""Add images to the index.json of an existing image layout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["merge_index"]
 
 
 def merge_index(folder: Path, entry: Entry) -> Entry:
-    """Return the layout's index with the image and its referrers added.
+    """Return the layout's index with the images and their referrers added.
 
-    The image replaces an image of the same name, and the referrers that only that image had.
+    An image replaces an image of the same name, and the referrers that only that image had.
 
     Args:
         folder: of the layout.
-        entry: index.json of the image alone.
+        entry: index.json of the new images alone; referrers have no names there.
 
     Raises:
         CacheError: if the folder has another index.json.
@@ -41,11 +41,12 @@ def merge_index(folder: Path, entry: Entry) -> Entry:
     if not isinstance(old, dict) or not isinstance(old.get("manifests"), list):
         raise CacheError(f"{str(path)!r} is not an image index: name another folder")
 
-    name, listed = _read_name(new[0]), {entry["digest"] for entry in new[1:]}
-    replaced = [entry for entry in old["manifests"] if _read_name(entry) == name]
-    kept = [entry for entry in old["manifests"] if _read_name(entry) != name and not _is_unnamed(entry, listed)]
+    names = [_read_name(entry) for entry in new if _read_name(entry) is not None]
+    listed = {entry["digest"] for entry in new if _read_name(entry) is None}
+    replaced = [entry for entry in old["manifests"] if _read_name(entry) in names]
+    kept = [entry for entry in old["manifests"] if _read_name(entry) not in names and not _is_unnamed(entry, listed)]
     # Without a replaced image, nothing in the layout is read.
-    if any(entry != new[0] for entry in replaced):
+    if any(entry not in new for entry in replaced):
         gone = _list_reached(folder, replaced) - _list_reached(folder, [*filter(_read_name, kept), *new])
         kept = _remove_referrers(folder, kept, gone)
     return json_entry("index.json", {**old, "manifests": kept + new})

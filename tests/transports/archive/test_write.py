@@ -27,6 +27,7 @@ from cachedb import (
     Cache,
     CacheError,
     DigestMismatch,
+    Filters,
     IncompleteImage,
     InvalidManifest,
     InvalidName,
@@ -1325,8 +1326,8 @@ def test_a_transport_may_write_to_stdout(cachedb: Run, cache: Cache, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["app:1"], "give the destination once"),
-        (["app:1", "a.tar", "-o", "b.tar"], "give the destination once"),
+        (["app:1"], "expected names and a destination"),
+        (["-o", "b.tar"], "expected names, patterns or --filter"),
         (["--format", "docker", "app:1", "oci:layout"], "DEST begins with another format than --format docker"),
         (["--link", "app:1", "oci-archive:a.tar"], "--link works only with --format oci-dir or dir"),
         (["app:1", "dir:-"], "the format dir cannot be written to stdout"),
@@ -1340,6 +1341,64 @@ def test_a_contradiction_of_destination_and_options_is_a_usage_error(
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert not {"a.tar", "b.tar", "layout"} & set(os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_several_images_are_exported_to_one_archive_and_share_its_blobs(
+    cache: Cache, tmp_path: Path, format: Format
+) -> None:
+    images = {"team/a:1": IMAGE, "team/b:1": make.image(1, 3, compression="gzip"), "other:1": make.image(9)}
+    for name, made in images.items():
+        make.save(cache, name, made)
+    cache.tag("team/a:1", "team/same:1")
+    path = tmp_path / "all"
+    exported = cache.export("team/*", path, format=format)
+    assert exported == ["team/a:1", "team/b:1", "team/same:1"]
+    contents = read_contents(path)
+    assert list(contents.values()).count(IMAGE.layers[0]) == 1
+    with Cache.open(tmp_path / "other") as other:
+        other.cache_from_tar(path)
+        assert other.list_names() == exported
+        for image in other.list_manifests():
+            assert image.complete
+            # A docker-archive does not hold the manifests.
+            assert format == "docker-archive" or image.digest == cache.get_image(image.name).digest
+    again = tmp_path / "again"
+    cache.export(["team/same:1", "team/b:1", "team/a:1"], again, format=format)
+    assert read_contents(again).keys() == contents.keys()
+
+
+def test_several_images_replace_those_of_their_names_in_a_layout(cache: Cache, tmp_path: Path) -> None:
+    for number, name in enumerate(("team/a:1", "team/b:1", "other:1")):
+        make.save(cache, name, make.image(number))
+    cache.export("*", tmp_path / "layout", format="oci-dir")
+    make.save(cache, "team/b:1", IMAGE)
+    cache.export("team/*", tmp_path / "layout", format="oci-dir")
+    index = json.loads((tmp_path / "layout" / "index.json").read_bytes())
+    found = {entry["annotations"][make.REF_NAME]: entry["digest"] for entry in index["manifests"]}
+    assert len(index["manifests"]) == len(found)
+    assert found == {str(image.name): image.digest for image in cache.list_manifests()}
+
+
+def test_a_selection_of_no_image_writes_nothing(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    assert cache.export([], tmp_path / "none") == []
+    assert cache.export("app:*", tmp_path / "none", filters=Filters(incomplete=True)) == []
+    done = cachedb("export", "nope*", tmp_path / "none", "--ignore-missing")
+    assert (done.returncode, done.stderr) == (0, "no image matches: nothing is exported\n")
+    assert cachedb("export", "nope*", tmp_path / "none").returncode == 3
+    assert not (tmp_path / "none").exists()
+    assert cachedb("export", "--filter", "incomplete=false", tmp_path / "one").returncode == 0
+    assert (tmp_path / "one").exists()
+
+
+def test_only_one_image_gets_a_tag_or_a_folder_for_dir(cache: Cache, tmp_path: Path) -> None:
+    for name in ("app:1", "app:2"):
+        make.save(cache, name, IMAGE)
+    for options in ({"tag": "other:1"}, {"format": "dir"}):
+        with pytest.raises(CacheError, match="2 are exported: export them one by one"):
+            cache.export("app:*", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_format_may_repeat_the_transport(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
