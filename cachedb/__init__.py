@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from cachedb.disk.writer import Data as Data
     from cachedb.index.filters import Filters as Filters
     from cachedb.index.holds import HoldInfo as HoldInfo
+    from cachedb.index.records import BlobDetails as BlobDetails
     from cachedb.index.records import BlobInfo as BlobInfo
+    from cachedb.index.records import BlobUse as BlobUse
     from cachedb.index.records import ImageDetails as ImageDetails
     from cachedb.index.records import ImageInfo as ImageInfo
     from cachedb.index.records import ImportedImage as ImportedImage
@@ -62,8 +64,10 @@ _MODULES = {
     "Activity": "cachedb.reports.sessions",
     "Adoption": "cachedb.operations.adopt",
     "Answer": "cachedb.index.sqlite.query",
+    "BlobDetails": "cachedb.index.records",
     "BlobInfo": "cachedb.index.records",
     "BlobProgress": "cachedb.progress",
+    "BlobUse": "cachedb.index.records",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.content.collect",
     "Copied": "cachedb.operations.copy",

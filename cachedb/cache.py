@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Literal, Self
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from cachedb import oci
 from cachedb.arguments import (
@@ -27,7 +27,7 @@ from cachedb.arguments import (
 )
 from cachedb.content import collect, publish, save
 from cachedb.content.collect import Collected, Removed
-from cachedb.content.held import find_images_and_digests, hold_images, parse_hold_name
+from cachedb.content.held import find_hold_name, find_images_and_digests, hold_images
 from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
@@ -43,12 +43,20 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index import blobs, descriptions, holds, images
-from cachedb.index.filters import Filters, find_images, narrow, parse_wanted, rename_all
+from cachedb.index.filters import (
+    Filters,
+    complete_name,
+    find_images,
+    has_short_digest,
+    narrow,
+    parse_wanted,
+    rename_all,
+)
 from cachedb.index.holds import HoldInfo
-from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, ImportedImage, PlatformInfo
+from cachedb.index.records import BlobDetails, BlobInfo, ImageDetails, ImageInfo, ImportedImage, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
-from cachedb.oci.digests import Algorithm, Digest, parse_digest
+from cachedb.oci.digests import Algorithm, Digest, is_digest, parse_digest, parse_digest_prefix
 from cachedb.oci.manifests import Role
 from cachedb.oci.names import Name, RemoteName, parse_repository, strip_transport
 from cachedb.operations.upgrade import prepare as prepare_schema
@@ -80,8 +88,9 @@ class Cache:
     so may a forked child.
 
     A name is a `Name`, or a string ``repository[:tag]`` or ``repository@digest``. A digest is ``sha256:...`` or
-    ``sha512:...``; bare hexadecimal digits are a sha256 digest. All methods raise `InvalidName` for an invalid name,
-    `InvalidDigest` for an invalid digest, and `StorageError` if the file system fails.
+    ``sha512:...``; bare hexadecimal digits are a sha256 digest. To find what is in the cache, the first 12 digits or
+    more of a digest are enough, if no other digest starts with them. All methods raise `InvalidName` for an invalid
+    name, `InvalidDigest` for an invalid or ambiguous digest, and `StorageError` if the file system fails.
     """
 
     def __init__(self, database: Database) -> None:
@@ -268,7 +277,10 @@ class Cache:
 
     def has_blob(self, digest: str) -> bool:
         """Return whether a blob is stored."""
-        return blobs.read_stored_size(self._database, parse_digest(digest)) is not None
+        try:
+            return blobs.read_stored_size(self._database, self._find_digest(digest)) is not None
+        except NotInCache:
+            return False
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the digests of stored blobs that start with ``prefix``, sorted."""
@@ -286,7 +298,7 @@ class Cache:
         Raises:
             NotInCache: if the blob is not stored.
         """
-        wanted = parse_digest(digest)
+        wanted = self._find_digest(digest)
         size = blobs.read_stored_size(self._database, wanted)
         if size is None:
             raise NotInCache(f"{wanted} is not in the cache", name=wanted)
@@ -298,8 +310,8 @@ class Cache:
         Raises:
             NotInCache: if the blob is not stored.
         """
-        self.get_blob_size(digest)
-        return blob_path(self.directory, parse_digest(digest))
+        self.get_blob_size(digest := self._find_digest(digest))
+        return blob_path(self.directory, digest)
 
     def open_blob(self, digest: str) -> BinaryIO:
         """Open a stored blob for reading; the stream stays readable even if the blob is collected.
@@ -307,8 +319,8 @@ class Cache:
         Raises:
             NotInCache: if the blob is not stored.
         """
-        self.get_blob_size(digest)
-        return reader.open_blob(self.directory, parse_digest(digest))
+        self.get_blob_size(digest := self._find_digest(digest))
+        return reader.open_blob(self.directory, digest)
 
     def get_blob(self, digest: str) -> bytes:
         """Read a stored blob into memory, for example a config; use `open_blob` for a large blob.
@@ -318,6 +330,29 @@ class Cache:
         """
         with self.open_blob(digest) as file, os_errors("read a blob"):
             return file.read()
+
+    def get_blob_details(self, digest: str) -> BlobDetails:
+        """Return a blob, stored or not, with the images that have it, read at one moment.
+
+        Raises:
+            NotInCache: if the blob is neither stored nor in an image.
+        """
+        wanted = self._find_digest(digest)
+        with self._database.read() as connection:
+            found = blobs.read_blob_details(connection, self.directory, wanted)
+        if found is None:
+            raise NotInCache(f"{wanted} is neither stored nor in an image", name=wanted)
+        return found
+
+    def _find_digest(self, text: str) -> Digest:
+        prefix = parse_digest_prefix(text)
+        if prefix is None or is_digest(prefix):
+            return parse_digest(text)
+        with self._database.read() as connection:
+            found = blobs.find_digest(connection, text)
+        if found is None:
+            raise NotInCache(f"no digest in the cache starts with {prefix}", name=text)
+        return found
 
     @contextmanager
     def hold(self, *names_or_digests: str | Name) -> Iterator[None]:
@@ -386,7 +421,7 @@ class Cache:
             NotInCache: if there is no hold of one of them.
         """
         with self._database.write() as connection:
-            return holds.release(connection, *map(parse_hold_name, holds_or_names))
+            return holds.release(connection, *(find_hold_name(connection, text) for text in holds_or_names))
 
     def sessions(self) -> list[SessionInfo]:
         """Return the processes that use the cache, each with what it does or waits for, and since when.
@@ -454,6 +489,16 @@ class Cache:
 
     # Images
 
+    def _parse_name(self, text: str | Name) -> Name:
+        if not has_short_digest(text):
+            return Name.parse(text)
+        with self._database.read() as connection:
+            return complete_name(connection, text)
+
+    @staticmethod
+    def _find(connection: Connection, name: str | Name) -> int:
+        return images.find(connection, complete_name(connection, name)).id
+
     def save_manifest(self, name: str | Name, manifest: bytes, media_type: str | None = None) -> ImageInfo:
         """Store a manifest or index under a name, and associate its config and layers, stored or not.
 
@@ -481,7 +526,7 @@ class Cache:
             NotInCache: if there is no such image.
             DigestMismatch: if the manifest's file is damaged.
         """
-        parsed, tried = Name.parse(name), None
+        parsed, tried = self._parse_name(name), None
         while True:
             with self._database.read() as connection:
                 digest = images.find(connection, parsed).digest
@@ -503,7 +548,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return images.read_image(connection, self.directory, images.find(connection, Name.parse(name)).id)[0]
+            return images.read_image(connection, self.directory, self._find(connection, name))[0]
 
     def get_details(self, name: str | Name) -> ImageDetails:
         """Return an image with its blobs, labels and platforms, all read at one moment.
@@ -512,7 +557,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save.read_details(connection, self.directory, images.find(connection, Name.parse(name)).id)
+            return save.read_details(connection, self.directory, self._find(connection, name))
 
     def list_manifests(
         self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False
@@ -551,7 +596,7 @@ class Cache:
         Raises:
             NotInCache: if there is no such image.
         """
-        parsed = Name.parse(name)
+        parsed = self._parse_name(name)
         found = images.look_up_image_blobs(self._database, parsed)
         if found:
             return found
@@ -565,7 +610,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save.read_platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
+            return save.read_platforms(connection, self.directory, self._find(connection, name))
 
     def is_image_complete(self, name: str | Name) -> bool:
         """Return whether an image and all its blobs are stored; False if there is no such image.
@@ -578,7 +623,7 @@ class Cache:
         except NotInCache:
             return False
         if complete:
-            self._uses.note(Name.parse(name))
+            self._uses.note(self._parse_name(name))
         return complete
 
     def associate_blob_with_image(
@@ -619,7 +664,7 @@ class Cache:
             InvalidName: if the target has another digest.
         """
         with self._database.write() as connection:
-            image_id = save.tag(connection, Name.parse(source), Name.parse(target))
+            image_id = save.tag(connection, complete_name(connection, source), Name.parse(target))
             return images.read_image(connection, self.directory, image_id)[0]
 
     def tag_images(
@@ -716,7 +761,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return descriptions.read_labels(connection, images.find(connection, Name.parse(name)).id)
+            return descriptions.read_labels(connection, self._find(connection, name))
 
     @contextmanager
     def sql(
@@ -1178,7 +1223,7 @@ class Cache:
         check_text(platform=platform, optional=True)
         access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
-        source = Name.parse(name)
+        source = self._parse_name(name)
         pushed_name = Name.parse(strip_transport(target)) if target is not None else source
         with closing(Target(self.directory, pushed_name, access=access)) as pushed_to:
             return push_image(

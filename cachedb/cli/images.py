@@ -24,13 +24,14 @@ from cachedb.cli.options import (
 )
 from cachedb.cli.output import describe_collected, print_collected, print_json, print_table
 from cachedb.cli.streams import get_stdout
-from cachedb.errors import InvalidDigest
-from cachedb.text import format_size, shorten_digest, truncate
+from cachedb.errors import NotInCache
+from cachedb.oci.digests import parse_digest_prefix
+from cachedb.text import format_age, format_size, shorten_digest, truncate
 
 if TYPE_CHECKING:
     from cachedb.cache import Cache
     from cachedb.index.filters import Filters
-    from cachedb.index.records import ImageInfo, PlatformInfo
+    from cachedb.index.records import BlobDetails, ImageInfo, PlatformInfo
 
 __all__ = ["show"]
 
@@ -76,14 +77,25 @@ def _read_platforms(cache: Cache) -> dict[str, list[str]]:
     return found
 
 
-@click.command(epilog=format_examples("cachedb show app:1", "cachedb show --format json app:1"))
-@click.argument("name", type=NAME)
+@click.command(
+    epilog=format_examples("cachedb show app:1", "cachedb show --format json app:1", "cachedb show 9f86d081884c")
+)
+@click.argument("name", metavar="NAME|DIGEST", type=NAME_OR_DIGEST)
 @format_option
 @quiet_option("the blobs' digests")
 def show(name: str, form: str, quiet: bool) -> None:
-    """Show an image, its config and its blobs."""
+    """Show an image, its config and its blobs; or a blob, and the images that have it.
+
+    The first 12 digits or more of a digest are enough, if no other digest starts with them.
+    """
     with open_cache() as cache:
-        image, blobs, labels, platforms = cache.get_details(name)
+        try:
+            image, blobs, labels, platforms = cache.get_details(name)
+        except NotInCache:
+            if not parse_digest_prefix(name):
+                raise
+            _print_blob(cache.get_blob_details(name), form, quiet=quiet)
+            return
     if quiet:
         for blob in blobs:
             click.echo(blob.digest)
@@ -108,6 +120,23 @@ def show(name: str, form: str, quiet: bool) -> None:
             for blob in blobs
         )
         print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE", "CREATED BY"), rows, right=("#", "SIZE"))
+
+
+def _print_blob(blob: BlobDetails, form: str, *, quiet: bool) -> None:
+    if quiet:
+        click.echo(blob.digest)
+    elif form == "json":
+        fields = blob._asdict()
+        images = [{**use._asdict(), "name": str(use.name)} for use in fields.pop("uses")]
+        print_json({**fields, "stored": blob.stored_at is not None, "images": images})
+    else:
+        added = format_age(blob.stored_at) if blob.stored_at else "-"
+        state = "stored" if blob.stored_at else "missing"
+        row = (blob.digest, format_size(blob.size), added, "yes" if blob.held else "no", state)
+        print_table(("DIGEST", "SIZE", "ADDED", "HELD", "STATE"), [row], right=("SIZE",))
+        click.echo()
+        rows = [(str(use.name), str(use.position), use.role, use.media_type) for use in blob.uses]
+        print_table(("IMAGE", "#", "ROLE", "MEDIA TYPE"), rows, right=("#",))
 
 
 def _print_config(image: ImageInfo, labels: dict[str, str]) -> None:
@@ -148,10 +177,7 @@ def manifest(name: str) -> None:
 def exists(name: str) -> None:
     """Exit with 0 if an image is complete or a blob is stored, otherwise with 3."""
     with open_cache() as cache:
-        try:
-            is_stored = cache.has_blob(name)
-        except InvalidDigest:
-            is_stored = cache.is_image_complete(name)
+        is_stored = (parse_digest_prefix(name) and cache.has_blob(name)) or cache.is_image_complete(name)
     if not is_stored:
         click.get_current_context().exit(3)
 

@@ -9,15 +9,15 @@ from sqlalchemy import Connection
 
 from cachedb.content.publish import release_after_error, release_hold
 from cachedb.content.session import NO_HOLD, Session
-from cachedb.errors import CacheError, NotInCache
+from cachedb.errors import NotInCache
 from cachedb.index import blobs, holds, images
-from cachedb.index.filters import Filters, FoundImage, find_images, parse_wanted
+from cachedb.index.filters import Filters, FoundImage, complete_name, find_images, parse_wanted
 from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.index.sqlite.database import Database
-from cachedb.oci.digests import Digest, parse_digest
+from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
 
-__all__ = ["find_images_and_digests", "hold_images", "parse_hold_name"]
+__all__ = ["find_hold_name", "find_images_and_digests", "hold_images"]
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def find_images_and_digests(
     found: dict[FoundImage | Digest, None] = {}
     names: list[str | Name] = []
     for text in wanted:
-        digest = _as_digest(text) if isinstance(text, str) else None
+        digest = _find_digest(connection, text)
         if digest is None and filters is None:
             found |= dict.fromkeys(find_images(connection, parse_wanted([text]), ignore_missing=ignore_missing))
         elif digest is None:
@@ -86,18 +86,19 @@ def find_images_and_digests(
     return list(found)
 
 
-def parse_hold_name(wanted: str | Name) -> str:
-    """Return the name that a hold is listed under: an id or a digest unchanged, an image name in full."""
-    if not isinstance(wanted, str):
-        return str(Name.parse(wanted))
-    if holds.is_id(wanted):
-        return wanted
-    return _as_digest(wanted) or str(Name.parse(wanted))
-
-
-def _as_digest(text: str) -> Digest | None:
-    """Return a text as a digest, or None if it is not one."""
-    try:
-        return parse_digest(text)
-    except CacheError:
+def _find_digest(connection: Connection, text: str | Name) -> Digest | None:
+    """Return the digest that a text means; an image whose name looks like the first digits of a digest goes first."""
+    if isinstance(text, Name) or (prefix := parse_digest_prefix(text)) is None:
         return None
+    if not is_digest(prefix) and images.look_up(connection, Name.parse(text)):
+        return None
+    return blobs.find_digest(connection, text)
+
+
+def find_hold_name(connection: Connection, wanted: str | Name) -> str:
+    """Return the name that a hold is listed under: an id unchanged, a digest or a name in full."""
+    if isinstance(wanted, str) and holds.is_id(wanted):
+        return wanted
+    if isinstance(wanted, str) and parse_digest_prefix(wanted):
+        return blobs.find_digest(connection, wanted) or str(Name.parse(wanted))
+    return str(complete_name(connection, wanted))

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
+from cachedb.disk.layout import blob_path
 from cachedb.disk.writer import Received
 from cachedb.errors import InvalidDigest
+from cachedb.index.records import BlobDetails, BlobUse
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
-from cachedb.index.tables import BLOBS
-from cachedb.oci.digests import Digest, parse_digest_prefix
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, LEASES
+from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
+from cachedb.oci.names import Name
 from cachedb.text import shorten
 
-__all__ = ["read_all_stored_sizes", "read_stored_size", "read_stored_sizes", "set_stored", "starts_with"]
+__all__ = [
+    "ambiguous_error",
+    "find_digest",
+    "read_all_stored_sizes",
+    "read_blob_details",
+    "read_stored_size",
+    "read_stored_sizes",
+    "set_stored",
+    "starts_with",
+]
+
+_CANDIDATES = 3  # digests that the error for an ambiguous text lists
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
@@ -68,6 +83,32 @@ def _select_stored() -> Select[*tuple[Any, ...]]:
     return select(BLOBS.c.digest, BLOBS.c.size).where(is_wanted, BLOBS.c.stored_at.is_not(None))
 
 
+def find_digest(connection: Connection, text: str) -> Digest | None:
+    """Return a digest, or the only one in the index that starts with a text; None if none does.
+
+    Args:
+        connection: to the index.
+        text: a digest, or its first 12 hexadecimal digits or more, with or without the algorithm.
+
+    Raises:
+        InvalidDigest: if the text is neither, or several digests start with it.
+    """
+    prefix = parse_digest_prefix(text)
+    if prefix is not None and is_digest(prefix):
+        return Digest(prefix)
+    query = select(BLOBS.c.digest).where(starts_with(text)).order_by(BLOBS.c.digest).limit(_CANDIDATES + 1)
+    found = [Digest(digest) for digest in connection.execute(query).scalars()]
+    if len(found) > 1:
+        raise ambiguous_error(text, found)
+    return found[0] if found else None
+
+
+def ambiguous_error(text: str, found: Sequence[Digest]) -> InvalidDigest:
+    """Return the error for a text with which several digests start."""
+    candidates = ", ".join(found[:_CANDIDATES]) + (", ..." if len(found) > _CANDIDATES else "")
+    return InvalidDigest(f"{shorten(text)} is ambiguous: give more digits of {candidates}")
+
+
 def starts_with(text: str) -> ColumnElement[bool]:
     """Return the condition that a blob has a digest, or a digest that starts with these 12 hex digits or more.
 
@@ -78,3 +119,29 @@ def starts_with(text: str) -> ColumnElement[bool]:
     if prefix is None:
         raise InvalidDigest(f"{shorten(text)} is neither a digest nor its first 12 hexadecimal digits or more")
     return and_(BLOBS.c.digest >= prefix, BLOBS.c.digest < f"{prefix}g")
+
+
+def read_blob_details(connection: Connection, directory: Path, digest: Digest) -> BlobDetails | None:
+    """Return what the index has of a blob, stored or not; None if it has none."""
+    blob = connection.execute(select(BLOBS).where(BLOBS.c.digest == digest)).first()
+    if blob is None:
+        return None
+    is_held = connection.execute(select(LEASES.c.digest).where(LEASES.c.digest == digest).limit(1)).first() is not None
+    query = (
+        select(
+            IMAGES.c.repository,
+            IMAGES.c.reference,
+            IMAGE_BLOBS.c.role,
+            IMAGE_BLOBS.c.media_type,
+            IMAGE_BLOBS.c.position,
+        )
+        .join(IMAGES, IMAGES.c.id == IMAGE_BLOBS.c.image_id)
+        .where(IMAGE_BLOBS.c.blob_id == blob.id)
+        .order_by(IMAGES.c.repository, IMAGES.c.reference, IMAGE_BLOBS.c.position)
+    )
+    uses = [
+        BlobUse(Name(row.repository, row.reference), row.role, row.media_type, row.position)
+        for row in connection.execute(query)
+    ]
+    path = blob_path(directory, digest) if blob.stored_at else None
+    return BlobDetails(digest, blob.size, blob.stored_at, path, is_held, uses)

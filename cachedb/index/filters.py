@@ -14,9 +14,10 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, column, false, func, literal, or_, select, table
 
 from cachedb.errors import InvalidQuery, NotInCache
-from cachedb.index.blobs import starts_with
+from cachedb.index.blobs import ambiguous_error, starts_with
 from cachedb.index.images import find
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES
+from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
 from cachedb.oci.platforms import is_for
 from cachedb.text import parse_duration, shorten
@@ -27,7 +28,9 @@ __all__ = [
     "Filters",
     "FoundImage",
     "build_conditions",
+    "complete_name",
     "find_images",
+    "has_short_digest",
     "is_pattern",
     "narrow",
     "parse_filters",
@@ -151,12 +154,43 @@ def is_pattern(text: str | Name) -> bool:
 
 
 def parse_wanted(wanted: Iterable[str | Name]) -> list[str | Name]:
-    """Return patterns unchanged, and other texts as names.
+    """Return patterns and names with short digests unchanged, and other texts as names.
 
     Raises:
-        InvalidName: if a text is neither.
+        InvalidName: if a text is none of them.
     """
-    return [text if is_pattern(text) else Name.parse(text) for text in wanted]
+    return [text if is_pattern(text) or has_short_digest(text) else Name.parse(text) for text in wanted]
+
+
+def complete_name(connection: Connection, text: str | Name) -> Name:
+    """Parse a name whose digest may be cut after 12 digits or more, if one image of the repository has such a digest.
+
+    Raises:
+        InvalidName: if the text is not a name.
+        InvalidDigest: if several images have such digests.
+        NotInCache: if no image has such a digest.
+    """
+    if not has_short_digest(text):
+        return Name.parse(text)
+    head, _, prefix = str(text).partition("@")
+    repository = Name.parse(f"{head}:latest").repository
+    query = (
+        select(BLOBS.c.digest)
+        .join(IMAGES, IMAGES.c.manifest_id == BLOBS.c.id)
+        .where(IMAGES.c.repository == repository, starts_with(prefix))
+    )
+    found = [Digest(digest) for digest in connection.execute(query.distinct().order_by(BLOBS.c.digest)).scalars()]
+    if len(found) > 1:
+        raise ambiguous_error(str(text), found)
+    if not found:
+        raise NotInCache(f"{text} is not in the cache: `cachedb ls` lists the images", name=text)
+    return Name(repository, found[0])
+
+
+def has_short_digest(text: str | Name) -> bool:
+    """Return whether a text has the form ``repository@digest`` with the first digits of a digest only."""
+    prefix = parse_digest_prefix(text.partition("@")[2]) if isinstance(text, str) else None
+    return prefix is not None and not is_digest(prefix)
 
 
 # Selecting
@@ -211,12 +245,9 @@ def find_images(
     if not wanted and not filters.has_conditions and not by_default_all:
         return []
     if wanted and filters == Filters() and not any(map(is_pattern, wanted)):
-        names = {Name.parse(text): None for text in wanted}  # finding them one by one is faster
-        return [
-            FoundImage(row_id, name)
-            for name in names
-            for row_id in _find_ids(connection, name, exact=exact, ignore_missing=ignore_missing)
-        ]
+        # Finding them one by one is faster.
+        found = (_find_named(connection, text, exact=exact, ignore_missing=ignore_missing) for text in wanted)
+        return list(dict.fromkeys(image for image in found if image))
     query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference)
     query = narrow(connection, query, wanted, filters, exact=exact, ignore_missing=ignore_missing)
     return [FoundImage(row.id, Name(row.repository, row.reference)) for row in connection.execute(query)]
@@ -236,22 +267,23 @@ def _is_wanted(
                     f"{shorten(pattern)} matches no image: a pattern must match a whole name, such as 'team/*:1'",
                     name=pattern,
                 )
-    ids = [
-        row_id
+    found = (
+        _find_named(connection, text, exact=exact, ignore_missing=ignore_missing)
         for text in wanted
         if not is_pattern(text)
-        for row_id in _find_ids(connection, Name.parse(text), exact=exact, ignore_missing=ignore_missing)
-    ]
+    )
+    ids = [image.id for image in found if image]
     # Ids become part of the statement, because SQLite limits the number of parameters.
     return or_(*matches, IMAGES.c.id.in_([literal(row_id, literal_execute=True) for row_id in ids]))
 
 
-def _find_ids(connection: Connection, name: Name, *, exact: bool, ignore_missing: bool) -> list[int]:
+def _find_named(connection: Connection, text: str | Name, *, exact: bool, ignore_missing: bool) -> FoundImage | None:
     try:
-        return [find(connection, name, exact=exact).id]
+        name = complete_name(connection, text)
+        return FoundImage(find(connection, name, exact=exact).id, name)
     except NotInCache:
         if ignore_missing:
-            return []
+            return None
         raise
 
 
@@ -282,7 +314,7 @@ def build_conditions(connection: Connection, filters: Filters) -> list[ColumnEle
     if filters.added_before is not None:
         conditions.append(IMAGES.c.added_at < _make_aware(filters.added_before))
     if filters.base is not None:
-        conditions.append(_is_built_on(connection, find(connection, Name.parse(filters.base)).id))
+        conditions.append(_is_built_on(connection, find(connection, complete_name(connection, filters.base)).id))
     if filters.incomplete is not None:
         conditions.append(_lacks_blob() if filters.incomplete else ~_lacks_blob())
     if filters.digest is not None:

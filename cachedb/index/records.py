@@ -10,7 +10,17 @@ from typing import NamedTuple
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 
-__all__ = ["BlobInfo", "BlobRow", "ImageDetails", "ImageInfo", "ImageRow", "ImportedImage", "PlatformInfo"]
+__all__ = [
+    "BlobDetails",
+    "BlobInfo",
+    "BlobRow",
+    "BlobUse",
+    "ImageDetails",
+    "ImageInfo",
+    "ImageRow",
+    "ImportedImage",
+    "PlatformInfo",
+]
 
 
 class ImageInfo(NamedTuple):
@@ -78,6 +88,26 @@ class BlobInfo(NamedTuple):
     def is_config(self) -> bool:
         """Whether the blob is an image's config."""
         return self.role == "config"
+
+
+class BlobUse(NamedTuple):
+    """The use of a blob by an image."""
+
+    name: Name
+    role: str  # manifest, index, config, layer or other
+    media_type: str
+    position: int  # in the image; the manifest or index is at 0
+
+
+class BlobDetails(NamedTuple):
+    """A blob that is stored, or that an image lacks, with the images that have it."""
+
+    digest: Digest
+    size: int  # bytes
+    stored_at: datetime | None  # UTC; None if it is not stored
+    path: Path | None  # the file, if stored; hold the blob to keep the path valid
+    held: bool  # whether a hold or a process keeps it
+    uses: list[BlobUse]  # by name and position
 
 
 class PlatformInfo(NamedTuple):

@@ -717,6 +717,9 @@ MUTATIONS = [
     Mutation("a table that is too wide is not folded", "cachedb/cli/output.py", "    if sum(least) > room:\n        return None\n", "", "tests/cli/test_fields.py -k cuts_no_name"),
     Mutation("the index of an archive lists all of its images", "cachedb/transports/archive/entries.py", '        elif entry.path in ("index.json", "manifest.json"):\n', "        elif False:\n", "tests/transports/archive/test_write.py -k share_its_blobs"),
     Mutation("only one image gets a tag in an archive", "cachedb/operations/export_archive.py", "        if len(held) > 1 and (tag is not None", "        if False and (tag is not None", "tests/transports/archive/test_write.py -k only_one_image"),
+    Mutation("an ambiguous digest is refused", "cachedb/index/blobs.py", "    if len(found) > 1:\n", "    if False:\n", "tests/index/test_blobs.py -k ambiguous"),
+    Mutation("an ambiguous digest in a name is refused", "cachedb/index/filters.py", "    if len(found) > 1:\n", "    if False:\n", "tests/index/test_blobs.py -k unique_in_its_repository"),
+    Mutation("a name goes before the first digits of a digest", "cachedb/content/held.py", "    if not is_digest(prefix) and images.look_up(", "    if False and images.look_up(", "tests/index/test_blobs.py -k looks_like_a_digest"),
     Mutation("no control character reaches a column", "cachedb/cli/fields.py", "printable(field.show(value))", "field.show(value)", "tests/cli/test_fields.py -k control_characters"),
 ]  # fmt: skip
 
