@@ -286,6 +286,7 @@ def test_the_json_reference_has_the_fields_of_the_result_types() -> None:
     described = shapes()
     fields = {name: one._fields for name, one in types.items()}
     fields["Image"] = ("name", *fields["Image"], "platform", "created_at")
+    fields["Push"] = (*fields["Push"], "size")
     assert {name: tuple(described[name]) for name in types} == fields
 
 

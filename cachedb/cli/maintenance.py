@@ -25,6 +25,7 @@ from cachedb.text import format_age, format_size, printable
 if TYPE_CHECKING:
     from cachedb.disk.folders import Leftover
     from cachedb.index.filters import Filters
+    from cachedb.oci.names import Name
     from cachedb.reports.usage import Share, Usage
 
 __all__ = []
@@ -74,9 +75,8 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
         found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
     if form == "json":
         left_out = [item._asdict() for item in found.left_out]
-        print_json(
-            {**found._asdict(), "images": [describe_image(image) for image in found.images], "left_out": left_out}
-        )
+        images = [describe_image(image) for image in found.images]
+        print_json({**found._asdict(), "images": images, "left_out": left_out, "size": found.bytes})
     elif quiet:
         print_images(found.images, form, quiet=True)
     else:
@@ -118,7 +118,7 @@ def copy(directory: str, no_verify: bool, form: str, quiet: bool) -> None:
     if quiet:
         click.echo(bytes(done.directory))  # a path need not be valid text
     elif form == "json":
-        print_json(done._asdict())
+        print_json({**done._asdict(), "size": done.bytes})
     else:
         links = [f"{count} {kind}" for count, kind in ((done.reflinks, "reflinks"), (done.hard_links, "hard links"))]
         shared = " and ".join(link for link in links if not link.startswith("0 "))
@@ -147,7 +147,8 @@ def gc(dry_run: bool, form: str) -> None:
 def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
     """Check that files match their digests, the index is sound, and both agree.
 
-    The exit code is 1 if there are problems, even if they were repaired. An image that lost a blob is incomplete until
+    The exit code is 1 if there are problems, even if they were repaired. A damaged blob is listed with the images that
+    have it. An image that lost a blob is incomplete until
     it is imported or pulled again. With --repair, a lost or damaged index is rebuilt from its readable parts, the
     newest backup, and the blobs.
     """
@@ -157,19 +158,37 @@ def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
         for digest in dict.fromkeys(problem.digest for problem in found.problems if problem.digest):
             click.echo(digest)
     elif form == "json":
-        problems = [problem._asdict() for problem in found.problems]
+        problems = [
+            {**problem._asdict(), "images": [{"name": str(name)} for name in problem.images]}
+            for problem in found.problems
+        ]
         print_json({"checked": found.checked, "problems": problems})
     else:
         rows = [
-            (problem.kind, problem.digest or str(problem.path), problem.detail, problem.repair or "-")
+            (
+                problem.kind,
+                problem.digest or str(problem.path),
+                _list_names(problem.images),
+                problem.detail,
+                problem.repair or "-",
+            )
             for problem in found.problems
         ]
         if rows:
-            print_table(("KIND", "DIGEST OR PATH", "DETAIL", "REPAIR"), rows)
+            print_table(("KIND", "DIGEST OR PATH", "IMAGES", "DETAIL", "REPAIR"), rows)
         files = f"{found.checked} file{'' if found.checked == 1 else 's'} checked"
         click.echo(f"{files}, {len(rows) or 'no'} problem{'' if len(rows) == 1 else 's'}")
     if found.problems:
         click.get_current_context().exit(1)
+
+
+def _list_names(names: tuple[Name, ...]) -> str:
+    """Return the first names, and the number of the others: thousands of images may share a layer."""
+    shown = ", ".join(map(str, names[:_NAMES_SHOWN]))
+    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown or "-"
+
+
+_NAMES_SHOWN: Final = 3
 
 
 @click.command(epilog=format_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))

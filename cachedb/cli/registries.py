@@ -191,7 +191,7 @@ def _print_plans(plans: list[PullPlan], form: str, *, quiet: bool) -> None:
         for plan in plans:
             click.echo(str(plan.name))
     elif form == "json":
-        print_json([{**plan._asdict(), "name": str(plan.name)} for plan in plans])
+        print_json([{**plan._asdict(), "name": str(plan.name), "size": plan.bytes} for plan in plans])
     else:
         rows = [
             (
@@ -233,7 +233,7 @@ def _flatten(pulled: Pulled) -> dict[str, object]:
     """Return the fields of the image and those of its pull."""
     fields = pulled._asdict()
     image: ImageInfo = fields.pop("image")
-    return {**describe_image(image), **fields}
+    return {**describe_image(image), **fields, "downloaded_size": pulled.bytes}
 
 
 @click.command(
@@ -309,7 +309,7 @@ def _print_pushed(found: list[Pushed], form: str, *, quiet: bool) -> None:
         for pushed in found:
             click.echo(f"{pushed.name.repository}@{pushed.digest}")
     elif form == "json":
-        print_json([{**pushed._asdict(), "name": str(pushed.name)} for pushed in found])
+        print_json([{**pushed._asdict(), "name": str(pushed.name), "size": pushed.bytes} for pushed in found])
     elif found:
         rows = [
             (

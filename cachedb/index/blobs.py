@@ -27,6 +27,7 @@ __all__ = [
     "find_digest",
     "read_all_stored_sizes",
     "read_blob_details",
+    "read_image_names",
     "read_stored_size",
     "read_stored_sizes",
     "set_stored",
@@ -81,6 +82,22 @@ def _select_size() -> Select[*tuple[Any, ...]]:
 def _select_stored() -> Select[*tuple[Any, ...]]:
     is_wanted = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
     return select(BLOBS.c.digest, BLOBS.c.size).where(is_wanted, BLOBS.c.stored_at.is_not(None))
+
+
+def read_image_names(connection: Connection, digests: Iterable[Digest]) -> dict[str, list[Name]]:
+    """Return the names of the images that have a blob, sorted, for each given digest that an image has."""
+    found: dict[str, list[Name]] = {}
+    query = (
+        select(BLOBS.c.digest, IMAGES.c.repository, IMAGES.c.reference)
+        .join(IMAGE_BLOBS, IMAGE_BLOBS.c.blob_id == BLOBS.c.id)
+        .join(IMAGES, IMAGES.c.id == IMAGE_BLOBS.c.image_id)
+        .distinct()
+        .order_by(IMAGES.c.repository, IMAGES.c.reference)
+    )
+    for part in split_batches(digests):
+        for digest, repository, reference in connection.execute(query.where(BLOBS.c.digest.in_(part))):
+            found.setdefault(digest, []).append(Name(repository, reference))
+    return found
 
 
 def find_digest(connection: Connection, text: str) -> Digest | None:

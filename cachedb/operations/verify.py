@@ -38,7 +38,7 @@ from cachedb.disk.reader import open_regular
 from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
 from cachedb.index import drift, images
-from cachedb.index.blobs import read_all_stored_sizes, read_stored_sizes, set_stored
+from cachedb.index.blobs import read_all_stored_sizes, read_image_names, read_stored_sizes, set_stored
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults, read_journal_mode
@@ -75,6 +75,7 @@ class Problem(NamedTuple):
     path: Path | None  # of the file, if any
     detail: str
     repair: str | None  # what was done; None if nothing was done
+    images: tuple[Name, ...] = ()  # that have the blob, sorted; empty if a damaged index cannot say it
 
 
 class Verification(NamedTuple):
@@ -161,6 +162,9 @@ def _verify(
         problems += _check_images(database, bad, repair=repair)
     if repair:
         accept_copy(database, check=False)  # the verification above replaces its check
+    with database.read() as connection:
+        names = read_image_names(connection, {problem.digest for problem in problems if problem.digest})
+    problems = [problem._replace(images=tuple(names.get(problem.digest or "", ()))) for problem in problems]
     return Verification(len(files), problems)
 
 

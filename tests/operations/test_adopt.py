@@ -641,7 +641,8 @@ def test_the_command_prints_what_was_left_out_and_exits_with_1(cachedb: Run, old
     again = cachedb("adopt", old, "--format", "json")
     found = json.loads(again.stdout)
     assert again.returncode == 0
-    assert list(found) == ["images", "blobs", "bytes", "unused", "index_damage", "left_out"]
+    assert list(found) == ["images", "blobs", "bytes", "unused", "index_damage", "left_out", "size"]
+    assert found["size"] == found["bytes"]
     assert found["images"] == json.loads(cachedb("ls", "--format", "json").stdout)
     assert cachedb("adopt", "-q", old).stdout.split() == NAMES
 

@@ -520,7 +520,8 @@ def test_the_command_prints_a_summary(cachedb: Run, cache: Cache, tmp_path: Path
     quiet = cachedb("copy", "-q", tmp_path / "quiet")
     assert (quiet.returncode, quiet.stdout) == (0, f"{tmp_path / 'quiet'}\n")
     found = json.loads(cachedb("copy", "--format", "json", tmp_path / "json").stdout)
-    assert set(found) == {"directory", "images", "blobs", "bytes", "reflinks", "hard_links"}
+    assert set(found) == {"directory", "images", "blobs", "bytes", "reflinks", "hard_links", "size"}
+    assert found["size"] == found["bytes"]
     assert (found["directory"], found["images"], found["blobs"]) == (str(tmp_path / "json"), 1, 3)
     again = cachedb("copy", target)
     assert (again.returncode, again.stdout) == (1, "")

@@ -1140,6 +1140,7 @@ def test_pull_prints_what_it_did(cachedb: Run, remote: Registry) -> None:
     assert (image["repository"], image["reference"], image["digest"]) == (f"{remote.host}/app", "1", FIRST.digest)
     sizes = {digest: len(data) for digest, data in FIRST.blobs.items() if digest != FIRST.digest}
     assert (image["blobs"], image["bytes"], image["resumed"]) == (len(sizes), sum(sizes.values()), 0)
+    assert (image["name"], image["downloaded_size"]) == (name, image["bytes"])
     assert (image["up_to_date"], image["stale"]) == (False, None)
     assert 0 < image["seconds"] < 600
     printed = [f"cachedb: downloaded {shorten_digest(digest)}, {format_size(size)}" for digest, size in sizes.items()]

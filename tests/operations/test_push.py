@@ -665,6 +665,7 @@ def test_an_image_that_is_removed_during_its_push_is_pushed_completely(cache: Ca
 def test_push_prints_its_results(cachedb: Run, cache: Cache, remote: Registry) -> None:
     target = f"{remote.host}/team/app"
     (pushed,) = json.loads(cachedb("push", "--format", "json", "app:1", f"{target}:1").stdout)
+    assert pushed.pop("size") == pushed["bytes"]
     assert pushed | {"bytes": 0} == {
         "name": f"{target}:1",
         "digest": FIRST.digest,

@@ -897,7 +897,9 @@ def test_the_command_prints_problems_and_exits_with_1_even_after_a_repair(cached
     document = json.loads(ran.stdout)
     assert list(document) == ["checked", "problems"]
     by_kind = {problem["kind"]: problem for problem in document["problems"]}
-    assert list(by_kind["corrupt"]) == ["kind", "digest", "path", "detail", "repair"]
+    assert list(by_kind["corrupt"]) == ["kind", "digest", "path", "detail", "repair", "images"]
+    assert by_kind["corrupt"]["images"] == [{"name": "app:1"}]
+    assert by_kind["orphan"]["images"] == []
     assert by_kind["corrupt"]["digest"] == LAYER
     assert by_kind["corrupt"]["path"] == str(find_blob(cache, LAYER))
     assert by_kind["corrupt"]["repair"] is None
@@ -908,6 +910,20 @@ def test_the_command_prints_problems_and_exits_with_1_even_after_a_repair(cached
     assert "2 problems" in ran.stdout
     assert "quarantine/" in ran.stdout
     assert cachedb("verify").returncode == 0
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_problem_names_all_images_that_have_the_blob(cachedb: Run, cache: Cache, repair: bool) -> None:
+    for number in range(3):
+        cache.tag("app:1", f"copy:{number}")
+    shared = digest_of(APP.layers[1])
+    alter(cache, shared)
+    find_blob(cache, digest_of(OTHER.config)).unlink()
+    names = ("app:1", "copy:0", "copy:1", "copy:2", "other:1")
+    printed = cachedb("verify").stdout
+    assert "app:1, copy:0, copy:1 and 2 more" in printed
+    found = {problem.digest: problem.images for problem in cache.verify(repair=repair).problems}
+    assert found == {shared: names, digest_of(OTHER.config): ("other:1",)}
 
 
 @pytest.mark.slow
@@ -981,7 +997,7 @@ def test_a_lost_wal_mode_is_reported_and_restored(directory: Path, read_only: bo
         cache._database.access.is_writable = not read_only
         (problem,) = cache.verify().problems
         assert problem[:3] == ("index", None, directory / "index.db")
-        assert problem[3:] == ("its journal mode is 'delete', not WAL: readers and writers block each other", None)
+        assert problem[3:5] == ("its journal mode is 'delete', not WAL: readers and writers block each other", None)
         cache._database.access.is_writable = True
         (problem,) = cache.verify(repair=True).problems
         assert problem.repair == "it is in WAL mode again"

@@ -470,8 +470,8 @@ def test_a_shared_base_is_stored_once_and_deleted_with_its_last_image(
     left = files_of(directory)
     assert base <= left.keys()
     assert left.keys() - manifests == expected[1].keys()
-    assert first == {"blobs": 3, "bytes": sum(both.values()) - sum(left.values())}
+    assert (first["blobs"], first["size"]) == (3, sum(both.values()) - sum(left.values()))
 
     second = json.loads(cachedb("rm", "--format", "json", "app:2").stdout)
     assert files_of(directory) == {}
-    assert second == {"blobs": 4, "bytes": sum(left.values())}
+    assert (second["blobs"], second["size"]) == (4, sum(left.values()))
