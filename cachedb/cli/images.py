@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.fields import IMAGE_FIELDS, describe_image, print_images, print_records, uses_column
+from cachedb.cli.fields import describe_image, print_images, uses_column
 from cachedb.cli.options import (
     NAME,
     NAME_OR_DIGEST,
@@ -62,10 +62,7 @@ def ls(names: tuple[str, ...], filters: Filters | None, output: Output, quiet: b
             return
         found = cache.list_manifests(*names, filters=filters, ignore_missing=True)
         platforms = _read_platforms(cache) if uses_column(output, "platforms") else None
-    records = list(map(describe_image, found))
-    if platforms is not None:
-        records = [{**record, "platforms": platforms.get(record["name"], [])} for record in records]
-    print_records(records, IMAGE_FIELDS, output)
+    print_images(found, output, platforms=platforms)
 
 
 def _read_platforms(cache: Cache) -> dict[str, list[str]]:

@@ -136,12 +136,10 @@ def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Col
     """Print a table into a pipe or file, one line per row; importing rich would slow `ls` down by a tenth."""
     lines = [columns, *rows] if header else rows
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [str.rjust if column in right else str.ljust for column in columns]
     for row in lines:
-        cells = (
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for cell, width, column in zip(row, widths, columns, strict=True)
-        )
-        click.echo("  ".join(cells).rstrip())
+        cells = (align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
+        sys.stdout.write(f"{'  '.join(cells).rstrip()}\n")
 
 
 def print_rows(

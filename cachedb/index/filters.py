@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, column, false, func, literal, or_, select, table
@@ -289,14 +290,16 @@ def _find_named(connection: Connection, text: str | Name, *, exact: bool, ignore
 
 def _is_like(pattern: str) -> ColumnElement[bool]:
     # SQLite's GLOB negates a set with ^, and its * also matches a slash.
-    return _NAME.op("GLOB", is_comparison=True)(pattern.replace("[!", "[^"))
+    return _name().op("GLOB", is_comparison=True)(pattern.replace("[!", "[^"))
 
 
-_NAME: Final[ColumnElement[str]] = (
-    IMAGES.c.repository
-    + case((func.instr(IMAGES.c.reference, ":") > 0, literal("@")), else_=literal(":"))
-    + IMAGES.c.reference
-)
+# Building an expression takes longer than executing it, and most commands need none. So each is built at its first use.
+
+
+@cache
+def _name() -> ColumnElement[str]:
+    mark = case((func.instr(IMAGES.c.reference, ":") > 0, literal("@")), else_=literal(":"))
+    return IMAGES.c.repository + mark + IMAGES.c.reference
 
 
 def build_conditions(connection: Connection, filters: Filters) -> list[ColumnElement[bool]]:
@@ -329,16 +332,14 @@ def _has_label(key: str, value: str | None) -> ColumnElement[bool]:
 
 def _is_for_platform(connection: Connection, wanted: str) -> ColumnElement[bool]:
     # Few platforms occur in a cache, so Python chooses the fitting ones, by the rules of all other commands.
-    columns = (_PLATFORMS.c.os, _PLATFORMS.c.architecture, _PLATFORMS.c.variant)
+    platforms = table("platforms", column("name"), column("os"), column("architecture"), column("variant"))
+    columns = (platforms.c.os, platforms.c.architecture, platforms.c.variant)
     fitting = [
         and_(*(column.is_not_distinct_from(part) for column, part in zip(columns, row, strict=True)))
         for row in connection.execute(select(*columns).distinct())
         if is_for("/".join(part for part in row if part), wanted)
     ]
-    return _NAME.in_(select(_PLATFORMS.c.name).where(or_(*fitting))) if fitting else false()
-
-
-_PLATFORMS: Final = table("platforms", column("name"), column("os"), column("architecture"), column("variant"))
+    return _name().in_(select(platforms.c.name).where(or_(*fitting))) if fitting else false()
 
 
 def _lacks_blob() -> ColumnElement[bool]:
@@ -390,14 +391,18 @@ def _sum_sizes() -> ColumnElement[int]:
     return select(func.sum(blobs.c.size)).where(blobs.c.id.in_(contents)).correlate(IMAGES).scalar_subquery()
 
 
-_SORTS: Final[dict[str, ColumnElement[Any]]] = {
-    "name": _NAME,
-    "size": _sum_sizes(),
-    "created": IMAGES.c.created,
-    "added": IMAGES.c.added_at,
-    "used": IMAGES.c.last_used_at,
-}
-SORTS: Final = tuple(_SORTS)
+@cache
+def _sorts() -> dict[str, ColumnElement[Any]]:
+    return {
+        "name": _name(),
+        "size": _sum_sizes(),
+        "created": IMAGES.c.created,
+        "added": IMAGES.c.added_at,
+        "used": IMAGES.c.last_used_at,
+    }
+
+
+SORTS: Final = ("name", "size", "created", "added", "used")
 """What images can be sorted by: the smallest, the first in the alphabet, or the oldest comes first."""
 
 
@@ -405,7 +410,7 @@ def _build_order(sort: str | None) -> list[ColumnElement[Any]]:
     by_name: list[ColumnElement[Any]] = [IMAGES.c.repository, IMAGES.c.reference]
     if sort is None:
         return by_name
-    column = _SORTS.get(sort.removeprefix("-"))
+    column = _sorts().get(sort.removeprefix("-"))
     if column is None:
         raise InvalidQuery(f"{shorten(sort)} is no order: use one of {', '.join(SORTS)}, with - in front to reverse it")
     # Images without a time of build come last.
@@ -429,7 +434,8 @@ def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
             f"{shorten(pattern)} has {stars} '*', but {shorten(target)} has {target.count('*')}: give equally many"
         )
     expression = _compile_pattern(pattern) if is_pattern(pattern) else re.compile(".*")
-    renamed: list[Name] = []
+    sources = set(names)
+    renamed: dict[Name, None] = {}
     for name in names:
         match = expression.fullmatch(str(name))
         assert match is not None  # the pattern has found the name
@@ -437,10 +443,10 @@ def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
         new = Name.parse("".join(next(texts) if part == "*" else part for part in re.split(r"(\*)", target)))
         if new in renamed:
             raise InvalidQuery(f"{shorten(target)} gives several images the name {new}: select one of them")
-        if new != name and new in names:
+        if new != name and new in sources:
             raise InvalidQuery(f"{shorten(target)} gives the name {new}, which is to get another name itself")
-        renamed.append(new)
-    return renamed
+        renamed[new] = None
+    return list(renamed)
 
 
 def _compile_pattern(pattern: str) -> re.Pattern[str]:
