@@ -104,6 +104,7 @@ class Cache:
         cls,
         directory: str | os.PathLike[str] | None = None,
         *,
+        create: bool = True,
         upgrade: bool = False,
         damaged: bool = False,
         wait: float | None = None,
@@ -115,6 +116,7 @@ class Cache:
 
         Args:
             directory: the cache directory; the default is ``CACHEDB_DIR``, else the user's cache directory.
+            create: create the cache, and its directory, if there is none.
             upgrade: upgrade an older index to the newest schema. ``CACHEDB_AUTO_UPGRADE=1`` does the same.
             wait: seconds to wait for a lock of another process, or for work of another process that makes no progress.
                 After that a method raises `Busy`, which names the process. 0 never waits; inf waits forever. The
@@ -124,6 +126,7 @@ class Cache:
 
         Raises:
             NotACache: if the directory is not a cache and cannot become one.
+            NotInCache: if there is no cache, and ``create`` is false.
             NotOurs: if another user owns the directory or a folder in it, or such a folder is a link.
             DamagedIndex: if the index is lost or damaged, and ``damaged`` is false.
             SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
@@ -133,7 +136,7 @@ class Cache:
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
         def prepare() -> list[Leftover]:
-            prepare_schema(database, upgrade=upgrade)
+            prepare_schema(database, create=create, upgrade=upgrade)
             if database.read_only:
                 return []
             leftovers = collect.recover_without_waiting(database)
@@ -152,7 +155,7 @@ class Cache:
                 database.close()
                 raise
             try:
-                prepare_schema(database, upgrade=upgrade)
+                prepare_schema(database, create=create, upgrade=upgrade)
             except BaseException:
                 database.close()
                 raise

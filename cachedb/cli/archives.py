@@ -118,7 +118,7 @@ def import_(
     opened: str | IO[bytes] = location.path
     if opened == "-":
         opened = get_stdin()
-    with open_cache() as cache, show_progress("importing", quiet=quiet) as progress:
+    with open_cache(create=True) as cache, show_progress("importing", quiet=quiet) as progress:
         found = cache.cache_from_tar(
             opened,  # type: ignore[arg-type]
             name,

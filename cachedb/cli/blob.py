@@ -35,7 +35,7 @@ def blob_add(file: str, digest: str | None, algorithm: Algorithm) -> None:
     The next `cachedb gc` frees a blob that no image uses.
     """
     data: Any = get_stdin() if file == "-" else Path(file)
-    with open_cache() as cache:
+    with open_cache(create=True) as cache:
         if digest:
             click.echo(cache.save_blob(digest, data))
         else:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cachedb.errors import NotInCache
-
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cachedb.cache import Cache
 
-__all__ = ["cache_directory", "open_cache"]
+__all__ = ["cache_directory", "open_cache", "open_cache_or_empty"]
 
 
 def cache_directory() -> Path:
@@ -27,25 +25,48 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def open_cache(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]:
+def open_cache(*, create: bool = False, announce: bool = True, damaged: bool = False) -> Iterator[Cache]:
     """Open the cache of this command.
 
     Args:
+        create: create the cache if there is none. A reading command never does: its directory may be mistyped.
+        announce: say on stderr that the cache was created.
         damaged: open the cache even if its index is damaged.
-        existing: raise an error instead of creating a cache.
 
     Raises:
-        NotInCache: if ``existing`` is set and there is no cache.
+        NotInCache: if there is no cache, and ``create`` is false.
     """
     import logging
 
     from cachedb.cache import Cache
+    from cachedb.index.sqlite.revision import has_cache
 
-    if existing and not any((cache_directory() / name).exists() for name in ("index.db", "blobs")):
-        raise NotInCache(f"there is no cache in {str(cache_directory())!r}: check --dir and CACHEDB_DIR")
+    directory = cache_directory()
+    is_new = create and not has_cache(directory)
     gc_.freeze()
     gc_.enable()
     # An interrupt while SQLAlchemy closes a connection is raised anyway, so hide the traceback that it also logs.
     logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
-    with Cache.open(cache_directory(), damaged=damaged) as cache:
+    with Cache.open(directory, create=create, damaged=damaged) as cache:
+        if is_new and announce:
+            click.echo(f"cachedb: created the cache {str(directory)!r}", err=True)
+        yield cache
+
+
+@contextmanager
+def open_cache_or_empty() -> Iterator[Cache]:
+    """Open the cache of this command; without one, open an empty one that is deleted after the block.
+
+    It is for the commands that ask a registry, which work without a cache.
+    """
+    import tempfile
+
+    from cachedb.cache import Cache
+    from cachedb.index.sqlite.revision import has_cache
+
+    if has_cache(cache_directory()):
+        with open_cache() as cache:
+            yield cache
+        return
+    with tempfile.TemporaryDirectory(prefix="cachedb-") as folder, Cache.open(folder) as cache:
         yield cache

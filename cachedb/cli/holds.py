@@ -144,7 +144,7 @@ def produce(name: str, command: tuple[str, ...]) -> None:
             return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
         return True
 
-    with open_cache() as cache, cache.producing(name, is_working=is_working) as image:
+    with open_cache(create=True) as cache, cache.producing(name, is_working=is_working) as image:
         if image is not None:
             return
         environment = {

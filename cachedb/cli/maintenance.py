@@ -42,10 +42,11 @@ __all__ = []
 def init(shared: str | None) -> None:
     """Create a cache, and share it with a group if --shared is given.
 
-    Other commands create a missing cache too, but only for their user. An existing cache is kept as it is. Only the
-    owner can share a cache, and only with a group of which the owner is a member.
+    `import`, `pull`, `adopt`, `produce` and `blob add` create a missing cache too, but only for their user. No other
+    command does. An existing cache is kept as it is. Only the owner can share a cache, and only with a group of which
+    the owner is a member.
     """
-    with open_cache() as cache:
+    with open_cache(create=True, announce=False) as cache:
         group = None if shared is None else cache.share(shared or None)
         click.echo(f"{cache.directory}" + (f" is shared with group {group}" if group else " is a cache"))
 
@@ -71,7 +72,7 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
     """
     if link and move:
         raise click.UsageError("--link and --move exclude each other: give one of them")
-    with open_cache() as cache, show_progress("adopting", quiet=quiet) as progress:
+    with open_cache(create=True) as cache, show_progress("adopting", quiet=quiet) as progress:
         found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
     if form == "json":
         left_out = [item._asdict() for item in found.left_out]
@@ -113,7 +114,7 @@ def copy(directory: str, no_verify: bool, form: str, quiet: bool) -> None:
     where the file system supports them, else hard links, else copies, and are verified. DIR becomes a cache only at
     the end; after an interrupt, copy again. Holds are copied; quarantine/ and backups/ are not.
     """
-    with open_cache(existing=True) as cache, show_progress("copying", quiet=quiet) as progress:
+    with open_cache() as cache, show_progress("copying", quiet=quiet) as progress:
         done = cache.copy(directory, verify=not no_verify, progress=progress)
     if quiet:
         click.echo(bytes(done.directory))  # a path need not be valid text
@@ -283,7 +284,7 @@ def df(names: tuple[str, ...], verbose: bool, filters: Filters | None, output: O
     if names or filters:
         _print_selected(names, filters, output)
         return
-    with open_cache(existing=True) as cache:
+    with open_cache() as cache:
         found = cache.get_usage(by_image=verbose)
         leftovers = cache.get_leftovers()
     if output.form == "json":
@@ -304,7 +305,7 @@ def df(names: tuple[str, ...], verbose: bool, filters: Filters | None, output: O
 
 
 def _print_selected(names: tuple[str, ...], filters: Filters | None, output: Output) -> None:
-    with open_cache(existing=True) as cache:
+    with open_cache() as cache:
         found = cache.get_selected_usage(*names, filters=filters)
     listed = [image._asdict() for image in found.image_usage]
     if output.form == "json":

@@ -85,7 +85,7 @@ def sql(
     if sum(map(bool, (schema or query, file, datasette))) > 1:
         raise click.UsageError("QUERY, --file, --schema and --datasette-metadata exclude each other: give one of them")
     if schema or datasette:
-        with open_cache(existing=True) as cache:
+        with open_cache() as cache:
             if datasette:
                 print_json(_describe_for_datasette(cache))
             elif query is not None:
@@ -97,12 +97,12 @@ def sql(
         query = read_text("-" if file is None else file, "the query")
     values = {name: parse_number(value) for name, value in parameters.items()}
     if query is not None:
-        with open_cache(existing=True) as cache, _explaining(query):
+        with open_cache() as cache, _explaining(query):
             _print_answer(partial(cache.sql, query, values, stream=True), form, seconds, header=header)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         _run_prompt(values, form, seconds, header=header)
     else:
-        with open_cache(existing=True) as cache:
+        with open_cache() as cache:
             _list_views(cache, form, header=header)
 
 
@@ -160,7 +160,7 @@ def _run_prompt(values: dict[str, int | float | str], form: str, seconds: int | 
     from cachedb.cli.sql_prompt import run_prompt
     from cachedb.index.sqlite.query import is_complete
 
-    with open_cache(existing=True) as cache:
+    with open_cache() as cache:
 
         def execute(query: str) -> None:
             own = {name: value for name, value in values.items() if re.search(rf"[:@$]{re.escape(name)}\b", query)}
@@ -324,7 +324,7 @@ def report(
 
         chosen = load_report(name or "")
         given = chosen.assign_values(values, parameters)
-        with open_cache(existing=True) as cache, _explaining(chosen.query):
+        with open_cache() as cache, _explaining(chosen.query):
             ask = partial(cache.run_report, chosen.name, given, stream=True)
             _print_answer(ask, form, seconds, header=header, is_report=True)
 
@@ -332,7 +332,7 @@ def report(
 def _write_page(file: str) -> None:
     if file == "-":
         get_stdout()  # fail before the work if stdout is closed
-    with open_cache(existing=True) as cache, _use_idle_priority():
+    with open_cache() as cache, _use_idle_priority():
         page = cache.get_html_report()
     try:
         if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):

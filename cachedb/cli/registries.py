@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cachedb.cli.context import open_cache
+from cachedb.cli.context import open_cache, open_cache_or_empty
 from cachedb.cli.fields import describe_image
 from cachedb.cli.options import (
     NAME,
@@ -121,13 +121,14 @@ def pull(
         "foreign_layers": foreign_layers,
         **access,
     }
-    with open_cache() as cache:
-        if dry_run:
+    if dry_run:
+        with open_cache_or_empty() as cache:
             plans = _plan_all(cache, wanted, options)
-            _print_plans(plans, form, quiet=quiet)
-            if len(plans) < len(wanted):
-                click.get_current_context().exit(1)
-            return
+        _print_plans(plans, form, quiet=quiet)
+        if len(plans) < len(wanted):
+            click.get_current_context().exit(1)
+        return
+    with open_cache(create=True) as cache:
         options |= {"if_missing": if_missing, "allow_stale": allow_stale}
         found: dict[str, Pulled] = {}
         try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cachedb.cli.context import open_cache
+from cachedb.cli.context import open_cache_or_empty
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_json, print_table
 from cachedb.text import format_size, printable, shorten_digest
@@ -43,7 +43,7 @@ def inspect(
 
     Nothing is stored. `cachedb show` shows an image in the cache.
     """
-    with open_cache() as cache:
+    with open_cache_or_empty() as cache:
         image = cache.inspect_remote(name, platform=platform, **access)
     if quiet:
         click.echo(image.digest)
@@ -88,7 +88,7 @@ def _print_image(image: RemoteImage) -> None:
 @format_option
 def digest(name: str, form: str, **access: Any) -> None:  # noqa: ANN401 - the options of `registry_options`
     """Print the digest that a name has at its registry."""
-    with open_cache() as cache:
+    with open_cache_or_empty() as cache:
         found = cache.get_remote_digest(name, **access)
     if form == "json":
         print_json({"name": name, "digest": found})
@@ -102,7 +102,7 @@ def digest(name: str, form: str, **access: Any) -> None:  # noqa: ANN401 - the o
 @format_option
 def tags(repository: str, form: str, **access: Any) -> None:  # noqa: ANN401 - the options of `registry_options`
     """List the tags of a repository at its registry."""
-    with open_cache() as cache:
+    with open_cache_or_empty() as cache:
         found = cache.list_remote_tags(repository, **access)
     if form == "json":
         print_json(found)

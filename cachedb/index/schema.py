@@ -21,7 +21,6 @@ from cachedb.errors import (
     CacheError,
     DamagedIndex,
     InvalidRevision,
-    NotInCache,
     SchemaMismatch,
     StorageError,
     ignore_os_errors,
@@ -37,6 +36,7 @@ from cachedb.index.sqlite.revision import (
     is_empty,
     is_ours,
     lost_index_error,
+    no_cache_error,
     read_revision,
     read_versions,
     revision_of,
@@ -168,7 +168,7 @@ def check_existing(directory: Path) -> Database:
         has_index = database.path.exists() and database.path.stat().st_size
         # Change nothing in a directory that is not a cache.
         if not has_index or not database.reserve.run(lambda: prepare(database)):
-            raise _find_loss_error(database) or NotInCache(f"there is no cache in {str(directory)!r}")
+            raise _find_loss_error(database) or no_cache_error(database.directory)
     except BaseException:
         database.close()
         raise

@@ -63,19 +63,21 @@ class Change(NamedTuple):
     unread: list[Unread]
 
 
-def prepare(database: Database, *, upgrade: bool = False) -> None:
+def prepare(database: Database, *, create: bool = True, upgrade: bool = False) -> None:
     """Prepare a cache directory: create what is missing, with the newest schema.
 
     Args:
         database: the index of the directory.
+        create: create a cache if there is none.
         upgrade: upgrade an older schema.
 
     Raises:
         NotACache: if the directory is not a cache and cannot become one.
+        NotInCache: if there is no cache, and ``create`` is false.
         DamagedIndex: if it has blobs, but no index or a damaged one.
         SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
     """
-    revision = prepare_directory(database)
+    revision = prepare_directory(database, create=create)
     if revision == REVISION:
         if upgrade and not database.read_only:
             backfill(database)

@@ -423,7 +423,7 @@ def test_a_pull_that_fills_the_disk_gives_the_space_back(cachedb: Run, disk: Pat
     with Registry() as remote:
         remote.add(small, "small", "1")
         remote.add(large, "large", "1")
-        assert cachedb("--dir", directory, "stats").returncode == 0
+        assert cachedb("--dir", directory, "init").returncode == 0
         before = shutil.disk_usage(disk).used
         refused = cachedb("--dir", directory, "pull", "-q", f"{remote.host}/large:1")
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

@@ -50,6 +50,7 @@ def test_a_repository_is_given_only_once(cachedb: Run, tmp_path: Path) -> None:
     assert "NAME is a repository, and --repository was given too" in refused.stderr
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_import_tells_which_names_it_replaced(cachedb: Run, tmp_path: Path) -> None:
     for number, made in enumerate((ONE, TWO)):
         make.write(tmp_path / f"{number}.tar", make.oci_files({"app:1": made}))

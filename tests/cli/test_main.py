@@ -43,6 +43,7 @@ def archive(tmp_path: Path) -> Path:
     return make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Path, directory: Path) -> None:
     imported = cachedb("import", archive, "--format", "json")
     assert (imported.returncode, imported.stderr) == (0, "")
@@ -184,6 +185,7 @@ ABSENT = "sha256:" + "0" * 64
         (["blob", "add", "/does/not/exist"], 1),
     ],
 )
+@pytest.mark.usefixtures("cache")
 def test_an_error_is_one_line_and_has_its_exit_code(cachedb: Run, arguments: list[str], code: int) -> None:
     result = cachedb(*arguments)
     assert (result.returncode, result.stdout) == (code, "")
@@ -201,6 +203,7 @@ def test_exists_exits_with_3_if_the_image_is_absent_or_incomplete(cachedb: Run, 
     assert cachedb("exists", "No Name").returncode == 2
 
 
+@pytest.mark.usefixtures("cache")
 def test_control_characters_in_an_archive_do_not_reach_the_terminal(cachedb: Run, tmp_path: Path) -> None:
     evil = make.write(tmp_path / "evil.tar", make.docker_files({"a\x1b[31m\nb": make.image(1)}))
     result = cachedb("import", evil)
@@ -228,8 +231,10 @@ def test_a_directory_that_is_not_a_cache_is_refused_and_stays_unchanged(
     else:
         path = Path("/proc/cachedb")
     before = sorted(path.rglob("*"))
-    result = cachedb("--dir", path, "ls")
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    for command in ("init", "ls"):
+        result = cachedb("--dir", path, command)
+        assert (result.stdout, result.stderr.count("\n")) == ("", 1)
+        assert result.returncode == (3 if command == "ls" and what in ("a file", "proc") else 1)
     assert sorted(path.rglob("*")) == before
 
 
@@ -241,9 +246,9 @@ def test_the_directory_comes_from_the_option_the_environment_or_the_platform(tmp
     subprocess.run([*base, "import", str(archive)], env=home, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "xdg" / "cachedb" / "index.db").is_file()
     named = {**home, "CACHEDB_DIR": str(tmp_path / "named")}
-    subprocess.run([*base, "ls"], env=named, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*base, "init"], env=named, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "named" / "index.db").is_file()
-    subprocess.run([*base, "--dir", str(tmp_path / "given"), "ls"], env=named, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*base, "--dir", str(tmp_path / "given"), "init"], env=named, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "given" / "index.db").is_file()
     assert (tmp_path / "given").stat().st_mode & 0o777 == 0o700
 
@@ -438,6 +443,7 @@ def test_long_json_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Written.longest < len(written.getvalue()) / 4
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_interrupt_while_a_connection_closes_is_an_error_of_one_line(directory: Path) -> None:
     script = """
     import sys

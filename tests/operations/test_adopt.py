@@ -634,6 +634,7 @@ def test_intact_files_are_adopted_whatever_other_files_are_damaged(tmp_path: Pat
 # The command line
 
 
+@pytest.mark.usefixtures("cache")
 def test_the_command_prints_what_was_left_out_and_exits_with_1(cachedb: Run, old: Path) -> None:
     done = cachedb("adopt", old)
     assert (done.returncode, done.stderr) == (0, "")

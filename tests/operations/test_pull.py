@@ -1133,6 +1133,7 @@ def test_connection_errors_are_printed_without_python_objects(
 # The command line
 
 
+@pytest.mark.usefixtures("cache")
 def test_pull_prints_what_it_did(cachedb: Run, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
     done = cachedb("pull", "--format", "json", name)
@@ -1155,6 +1156,7 @@ def test_pull_prints_what_it_did(cachedb: Run, remote: Registry) -> None:
     assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
 
 
+@pytest.mark.usefixtures("cache")
 def test_images_pulled_before_a_failure_are_printed(cachedb: Run, remote: Registry) -> None:
     names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
     done = cachedb("pull", "-q", *names)
@@ -1173,6 +1175,7 @@ def test_pull_warns_about_a_stale_image(cachedb: Run) -> None:
     assert "may be out of date" in done.stderr
 
 
+@pytest.mark.usefixtures("cache")
 def test_the_command_sends_each_request_once(directory: Path, remote: Registry, cachedb: Run) -> None:
     for tag, image in (("1", FIRST), ("2", SECOND), ("2", SECOND)):
         done = cachedb("pull", "-q", f"{remote.host}/app:{tag}")
@@ -1234,6 +1237,7 @@ def count_connecting(host: str) -> int:
 
 
 @pytest.mark.parametrize("what", ["a host", "a helper"])
+@pytest.mark.usefixtures("cache")
 def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
     directory: Path, unreachable: str, tmp_path: Path, what: str
 ) -> None:

@@ -430,6 +430,7 @@ def test_a_push_sends_only_the_blob_that_was_deleted(cache: Cache, tools: Tools,
     assert cache.push(name).blobs == 0
 
 
+@pytest.mark.usefixtures("cache")
 def test_the_error_of_a_deleted_layer_is_one_line(cachedb: Run, host: str) -> None:
     layer = digest_of(FIRST.layers[1])
     put_image(host, "app", FIRST, "1")

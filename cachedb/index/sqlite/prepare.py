@@ -7,6 +7,7 @@ import re
 import sqlite3
 from contextlib import closing, suppress
 from itertools import filterfalse
+from pathlib import Path
 
 from cachedb.disk import locks, marker, turns
 from cachedb.disk.durable import sync_folder
@@ -16,7 +17,7 @@ from cachedb.disk.layout import blob_file
 from cachedb.errors import CacheError, DamagedIndex, NotACache, StorageError, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.errors import explain_path_limit
-from cachedb.index.sqlite.revision import APPLICATION_ID, has_backup
+from cachedb.index.sqlite.revision import APPLICATION_ID, has_backup, has_cache, no_cache_error
 from cachedb.oci.digests import Digest
 
 __all__ = ["accept_copy", "has_our_mark", "prepare"]
@@ -26,19 +27,26 @@ _TRANSIENT = re.compile(
 )  # while another process creates the cache
 
 
-def prepare(database: Database) -> str | None:
+def prepare(database: Database, *, create: bool = True) -> str | None:
     """Create the directory and its folders unless they exist; refuse a directory that is not a cache.
+
+    Args:
+        database: the index of the directory.
+        create: create a cache if there is none.
 
     Returns:
         The schema's revision, as `Database.revision` returns it.
 
     Raises:
         NotACache: if the directory holds other files.
+        NotInCache: if there is no cache, and ``create`` is false.
         NotOurs: if the directory belongs to another user, or a folder in it leads out of the cache.
         StorageError: if the directory cannot be created or read.
     """
     if reason := explain_shared(database.directory) or explain_path_limit(database.path):
         raise StorageError(reason)
+    if not create and not has_cache(database.directory):
+        raise _absence_error(database)
     if database.read_only:
         revision = database.revision()
         with os_errors("use the cache directory"):
@@ -156,6 +164,28 @@ def _check_copy(database: Database, folders: Folders) -> None:
         )
 
 
+def _absence_error(database: Database) -> CacheError:
+    """Return the error for a directory without a cache, which need not exist."""
+    with os_errors("use the cache directory"):
+        if database.directory.is_dir() and (found := _find_strange_file(database, database.directory)):
+            return _not_a_cache_error(database, found)
+        return no_cache_error(database.directory)
+
+
+def _find_strange_file(database: Database, folder: Path | int) -> str | None:
+    """Return the name of a file that keeps the directory, given by its path or descriptor, from becoming a cache."""
+    strange = set(filterfalse(_TRANSIENT.fullmatch, os.listdir(folder)))
+    strange -= {"lost+found"} | ({"index.db"} if database.file.is_new else set())
+    return min(strange, default=None)
+
+
+def _not_a_cache_error(database: Database, strange: str) -> NotACache:
+    return NotACache(
+        f"{str(database.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {strange!r}): "
+        "name another directory"
+    )
+
+
 def _write_marker(database: Database) -> None:
     """Check that the directory is a cache or can become one, and write its marker.
 
@@ -163,15 +193,11 @@ def _write_marker(database: Database) -> None:
         NotACache: if the directory holds other files.
     """
     if not database.folders.is_marked and not has_our_mark(database) and not has_backup(database.directory):
-        strange = set(filterfalse(_TRANSIENT.fullmatch, os.listdir(database.folders.root)))
-        strange -= {"lost+found"} | ({"index.db"} if database.file.is_new else set())
+        strange = _find_strange_file(database, database.folders.root)
         # Another process may have written the marker meanwhile.
         if strange and marker.read(database.folders.root) is None:
             database.revision()  # raises if the index belongs to another program
-            raise NotACache(
-                f"{str(database.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
-                "name another directory"
-            )
+            raise _not_a_cache_error(database, strange)
     if database.file.is_new and not database.folders.is_marked:
         check_features(database.directory)
     database.folders.mark(new=True, is_sound=database.file.is_new)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from cachedb.disk import marker
-from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError
+from cachedb.errors import CacheError, DamagedIndex, NotACache, NotInCache, SchemaMismatch, StorageError, os_errors
 from cachedb.index.tables import REVISION
 
 __all__ = [
@@ -23,10 +23,12 @@ __all__ = [
     "explain_refusal",
     "find_broken_keys",
     "has_backup",
+    "has_cache",
     "is_compatible",
     "is_empty",
     "is_ours",
     "lost_index_error",
+    "no_cache_error",
     "read_objects",
     "read_oldest",
     "read_own_revision",
@@ -94,6 +96,25 @@ def is_ours(directory: Path) -> bool:
     with suppress(CacheError, OSError):
         return marker.read(directory) is not None or has_backup(directory)
     return False
+
+
+def has_cache(directory: Path) -> bool:
+    """Return whether there is a cache in a directory, even a damaged one.
+
+    Raises:
+        StorageError: if the directory cannot be read.
+    """
+    with os_errors("use the cache directory"):
+        path = directory / "index.db"
+        # An empty file is of a process that is creating the cache, or was killed then.
+        return (path.exists() and path.stat().st_size > 0) or is_ours(directory)
+
+
+def no_cache_error(directory: Path) -> NotInCache:
+    """Return the error for a directory without a cache, which need not exist."""
+    return NotInCache(
+        f"there is no cache in {str(directory)!r}: check --dir and CACHEDB_DIR; `cachedb init` creates one"
+    )
 
 
 def read_own_revision(connection: Connection, path: Path, directory: Path) -> str | None:

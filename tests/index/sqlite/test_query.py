@@ -538,14 +538,6 @@ def test_a_parameter_written_as_a_number_is_a_number(cachedb: Run, cache: Cache)
         assert done.stdout == f"t,x\n{kind},{text or ''}\n"
 
 
-@pytest.mark.parametrize("command", [["sql", "SELECT 1"], ["sql"], ["sql", "--schema"], ["report", "garbage"], ["df"]])
-def test_a_query_creates_no_cache(cachedb: Run, directory: Path, command: list[str]) -> None:
-    done = cachedb(*command)
-    assert done.returncode == 3
-    assert done.stderr == f"cachedb: there is no cache in {str(directory)!r}: check --dir and CACHEDB_DIR\n"
-    assert not directory.exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["csv", "markdown", "table"])
 def test_a_character_that_the_users_encoding_lacks_is_escaped(cachedb: Run, cache: Cache, form: str) -> None:

@@ -581,6 +581,7 @@ def test_an_open_file_is_read_from_its_position(cache: Cache, tmp_path: Path) ->
     assert cache.is_image_complete("app:1")
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_archive_is_read_from_stdin(cachedb: Run) -> None:
     done = cachedb("import", "-", "-q", input=tar_of(tiny_docker()), text=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"app:1\n", b"")

@@ -131,6 +131,7 @@ def test_a_redirect_target_cannot_warn(cache: Cache, remote: Registry, caplog: p
     assert caplog.records == []
 
 
+@pytest.mark.usefixtures("cache")
 def test_a_warning_is_printed_on_stderr(cachedb: Run, remote: Registry) -> None:
     remote.fault(change_headers({"Warning": '299 - "the limit is near\x1b[2J"'}), times=ALWAYS)
     done = cachedb("pull", "-q", f"{remote.host}/app:1")
