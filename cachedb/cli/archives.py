@@ -28,7 +28,7 @@ from cachedb.transports.archive.locations import parse_location
 if TYPE_CHECKING:
     from cachedb.index.filters import Filters
 
-__all__ = []
+__all__ = ["export", "import_"]
 
 
 @click.command(

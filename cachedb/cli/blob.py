@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cachedb.cli.context import open_cache
+from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import DIGEST, format_examples
 from cachedb.cli.streams import get_stdin, get_stdout
 from cachedb.oci.digests import Algorithm
@@ -15,7 +16,7 @@ from cachedb.oci.digests import Algorithm
 __all__ = ["blob"]
 
 
-@click.group()
+@click.group(cls=SpellingGroup)
 def blob() -> None:
     """Store and read single blobs."""
 

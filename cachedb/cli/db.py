@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cachedb.cli.context import cache_directory
+from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import format_examples, format_option
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_stages
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = []
 
 
-@click.group()
+@click.group(cls=SpellingGroup)
 def db() -> None:
     """Inspect, upgrade, back up and restore the index."""
 

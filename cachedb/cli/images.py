@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cachedb.index.filters import Filters
     from cachedb.index.records import BlobDetails, ImageInfo, PlatformInfo
 
-__all__ = ["show"]
+__all__ = ["ls", "rm", "show"]
 
 
 @click.command(

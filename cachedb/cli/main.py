@@ -9,12 +9,15 @@ import gc as gc_
 import io
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from cachedb import __version__
+from cachedb.cli.familiar import ALIASES, OtherCommand, check_arguments, explain_option, translate
+from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
 from cachedb.cli.signals import exit_terminated, finished, raise_interrupt
 from cachedb.cli.streams import discard_output, open_standard_files
@@ -58,8 +61,7 @@ def main() -> NoReturn:
         error.show()
         sys.exit(2)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "cachedb"
-        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
+        _fail(_explain_usage(error), 2)
     except click.ClickException as error:
         _fail(error.format_message(), 1)
     except NotInCache as error:
@@ -82,6 +84,15 @@ def main() -> NoReturn:
         finished.append(True)
 
 
+def _explain_usage(error: click.UsageError) -> str:
+    if isinstance(error, OtherCommand):
+        return error.format_message()
+    if isinstance(error, click.NoSuchOption) and (advice := explain_option(error)):
+        return f"no such option {error.option_name!r}: {advice}"
+    command = error.ctx.command_path if error.ctx else "cachedb"
+    return f"{error.format_message().rstrip('.')}; see `{command} --help`"
+
+
 def _fail(message: str, code: int) -> NoReturn:
     try:
         print(f"cachedb: {printable(message)}", file=sys.stderr, flush=True)
@@ -93,7 +104,7 @@ def _fail(message: str, code: int) -> NoReturn:
 # Commands
 
 
-_SECTIONS = {
+_SECTIONS: dict[str, dict[str, str]] = {
     "Images": {
         "ls": "images",
         "show": "images",
@@ -121,14 +132,19 @@ _SECTIONS = {
         "ps": "maintenance",
         "blob": "blob",
         "completion": "completion",
+        "help": "help",
     },
     "Schema": {"db": "db"},
 }
 """The sections of `cachedb --help`, their commands, and the module of each command."""
 
 
-class _Commands(click.Group):
-    """A group that imports the module of a command on first use."""
+_FUNCTIONS = {"import": "import_", "help": "help_"}
+"""The functions whose name is not that of their command."""
+
+
+class _Commands(SpellingGroup):
+    """A group that imports the module of a command on first use, and knows the words of other tools."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for section in _SECTIONS.values() for name in section]
@@ -136,10 +152,26 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         for section in _SECTIONS.values():
             if module := section.get(cmd_name):
-                name = "import_" if cmd_name == "import" else cmd_name
+                name = _FUNCTIONS.get(cmd_name, cmd_name)
                 command: click.Command = getattr(import_module(f"cachedb.cli.{module}"), name)
                 return command
+        if cmd_name in ALIASES:
+            from cachedb.cli.aliases import HIDDEN_COMMANDS
+
+            return HIDDEN_COMMANDS[cmd_name]
         return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if ctx.resilient_parsing:  # for completion
+            with suppress(OtherCommand):
+                args = translate(args)
+            return super().resolve_command(ctx, args)
+        args = translate(args)
+        if command := self.get_command(ctx, args[0]):
+            check_arguments(command, args)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, section in _SECTIONS.items():

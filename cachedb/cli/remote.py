@@ -9,9 +9,11 @@ import click
 from cachedb.cli.context import open_cache_or_empty
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_json, print_table
+from cachedb.errors import CacheError, RegistryError
 from cachedb.text import format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
+    from cachedb.cache import Cache
     from cachedb.operations.inspect import RemoteImage
 
 __all__ = []
@@ -44,7 +46,12 @@ def inspect(
     Nothing is stored. `cachedb show` shows an image in the cache.
     """
     with open_cache_or_empty() as cache:
-        image = cache.inspect_remote(name, platform=platform, **access)
+        try:
+            image = cache.inspect_remote(name, platform=platform, **access)
+        except RegistryError as error:
+            if not _is_in_cache(cache, name):
+                raise
+            raise RegistryError(f"{error}; `cachedb show {name}` shows the image in the cache") from error
     if quiet:
         click.echo(image.digest)
     elif form == "json":
@@ -55,6 +62,14 @@ def inspect(
         print_json({**image._asdict(), "name": str(image.name), **lists})
     else:
         _print_image(image)
+
+
+def _is_in_cache(cache: Cache, name: str) -> bool:
+    try:
+        cache.get_manifest(name)
+    except CacheError:  # a name at a registry need not be one in a cache
+        return False
+    return True
 
 
 def _print_image(image: RemoteImage) -> None:
