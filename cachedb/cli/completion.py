@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
 
 __all__ = []
+
+
+_INSTALL = {
+    "bash": 'add `eval "$(cachedb completion bash)"` to ~/.bashrc',
+    "zsh": 'add `eval "$(cachedb completion zsh)"` to ~/.zshrc',
+    "fish": "run `cachedb completion fish > ~/.config/fish/completions/cachedb.fish`",
+}
+"""How to install the script of each shell."""
 
 
 @click.command(
@@ -16,10 +26,16 @@ __all__ = []
         "cachedb completion fish > ~/.config/fish/completions/cachedb.fish",
     )
 )
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print a shell script that completes commands, options, names and digests."""
+@click.argument("shell", required=False, type=click.Choice(list(_INSTALL)))
+def completion(shell: str | None) -> None:
+    """Print a shell script that completes commands, options, names and digests.
+
+    Without SHELL, say how to install the script for the shell in the variable SHELL.
+    """
     from cachedb.cli.shell_completion import format_completion_script
 
+    if shell is None:
+        shell = os.path.basename(os.environ.get("SHELL", ""))
+        raise click.UsageError(f"expected a shell: {_INSTALL.get(shell, 'name bash, zsh or fish')}")
     command = click.get_current_context().find_root().command
     click.echo(format_completion_script(command, shell, COMPLETE_VARIABLE))

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import (
     BashComplete,
     CompletionItem,
+    ZshComplete,
     add_completion_class,
     get_completion_class,
     split_arg_string,
@@ -171,4 +172,45 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         return (words[1:], "") if line.endswith((" ", "\t")) else (words[1:-1], words[-1])
 
 
+class _Zsh(ZshComplete):
+    """Completion for zsh, which works before and without `compinit`."""
+
+    source_template = """\
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local -a completions described response
+    local type key help word=$((CURRENT - 1))
+    (( ! $+commands[%(prog_name)s] )) && return 1
+    response=("${(@f)$(COMP_WORDS="${words[*]}" COMP_CWORD=$word %(complete_var)s=zsh_complete %(prog_name)s)}")
+    for type key help in ${response}; do
+        case "$type" in
+            dir) _path_files -/ ;;
+            file) _path_files -f ;;
+            plain) [[ "$help" == _ ]] && completions+=("$key") || described+=("$key:$help") ;;
+        esac
+    done
+    (( $#described )) && _describe -V unsorted described -U
+    (( $#completions )) && compadd -U -V unsorted -a completions
+}
+
+# Without `compinit`, `compdef` does not exist. A later `compinit` in ~/.zshrc would drop what is registered before it,
+# so register the function at the first prompt.
+%(complete_func)s_register() {
+    precmd_functions=(${precmd_functions:#%(complete_func)s_register})
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+    compdef %(complete_func)s %(prog_name)s
+}
+
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+elif (( $+functions[compdef] )); then
+    compdef %(complete_func)s %(prog_name)s
+else
+    precmd_functions+=(%(complete_func)s_register)
+fi
+"""
+
+
 add_completion_class(_Bash, "bash")
+add_completion_class(_Zsh, "zsh")

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -367,63 +366,6 @@ def test_a_full_disk_stops_an_import_and_changes_nothing(
     assert re.fullmatch(r"cachedb: .*No space left on device.*free some space.*\n", result.stderr)
     assert snapshot(directory) == before
     assert cachedb("--dir", directory, "rm", "app:1").returncode == 0
-
-
-COMPLETE = """
-eval "$(cachedb completion bash)"
-COMP_WORDBREAKS=$' \\t\\n"\\'><=;|&(:'
-COMP_LINE="$1" COMP_POINT=${#1}
-COMPREPLY=()
-complete -p cachedb >/dev/null || exit 1
-_cachedb_completion cachedb
-printf '%s\\n' "${COMPREPLY[@]}"
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed: apt-get install bash")
-def test_bash_completes_commands_names_and_digests(
-    cachedb: Run, archive: Path, directory: Path, tmp_path: Path
-) -> None:
-    cachedb("import", archive)
-    cachedb("tag", "app:1", "app:12")
-    program = tmp_path / "bin" / "cachedb"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
-    program.chmod(0o755)
-    environment = {
-        **os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "CACHEDB_DIR": str(directory),
-    }  # fmt: skip
-
-    def complete(line: str) -> list[str]:
-        result = subprocess.run(
-            ["bash", "--norc", "-c", COMPLETE.replace("compopt", ": compopt"), "bash", line],
-            env=environment, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return result.stdout.split()
-
-    assert complete("cachedb ex") == ["exists", "export"]
-    assert complete("cachedb show ") == ["app:1", "app:12"]
-    assert complete("cachedb show app:1") == ["1", "12"], "bash keeps the text before the colon"
-    assert complete("cachedb rm app:1 a") == ["app:1", "app:12"]
-    prefix = MADE.digest[:12]
-    assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
-    assert complete("cachedb report largest-i") == ["largest-images"]
-    assert complete("cachedb report largest-images -p l") == ["limit="]
-    assert complete("cachedb report largest-images ") == ["20"]
-    assert complete("cachedb report added-by app:1 app:12") == ["12"]
-    assert complete("cachedb report added-by app:1 app:1 ") == []
-    assert complete("cachedb report freed-by app:1 app:12 a") == ["app:1", "app:12"]
-    assert complete("cachedb report added-by -p over=") == ["app:1", "app:12"], "bash keeps the text before ="
-    assert complete("cachedb report added-by -p over=app:1") == ["1", "12"]
-    assert complete("cachedb report added-by -p over=app:1 ap") == ["app:1", "app:12"]
-    assert complete("cachedb report for-platform lin") == ["linux/amd64"]
-    assert complete("cachedb report absent -p ") == []
-    assert complete("cachedb sql -p ") == []
-    assert complete("cachedb sql --schema image_us") == ["image_usage"]
-    assert complete("cachedb sql image_us") == []
-    assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
-    assert not (tmp_path / "absent").exists()
 
 
 def test_long_json_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

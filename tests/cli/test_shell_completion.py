@@ -1,0 +1,158 @@
+"""Completion in real shells, and how to install it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache
+from tests.conftest import Run
+from tests.support import make
+
+MADE = make.image(1, 2, compression="gzip")
+COMPLETE = """
+eval "$(cachedb completion bash)"
+COMP_WORDBREAKS=$' \\t\\n"\\'><=;|&(:'
+COMP_LINE="$1" COMP_POINT=${#1}
+COMPREPLY=()
+complete -p cachedb >/dev/null || exit 1
+_cachedb_completion cachedb
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture
+def environment(cache: Cache, tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a shell that finds `cachedb` and a cache with two names of one image."""
+    make.save(cache, "app:1", MADE)
+    cache.tag("app:1", "app:12")
+    program = tmp_path / "bin" / "cachedb"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
+    program.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "CACHEDB_DIR": str(cache.directory),
+        "HOME": str(tmp_path),
+    }
+
+
+@pytest.mark.slow
+def test_bash_completes_commands_names_and_digests(
+    environment: dict[str, str], peer: Callable[[str], str], tmp_path: Path
+) -> None:
+    bash = peer("bash")
+
+    def complete(line: str) -> list[str]:
+        result = subprocess.run(
+            [bash, "--norc", "-c", COMPLETE.replace("compopt", ": compopt"), "bash", line],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return result.stdout.split()
+
+    assert complete("cachedb ex") == ["exists", "export"]
+    assert complete("cachedb im") == ["import"], "hidden commands are not completed"
+    assert complete("cachedb show ") == ["app:1", "app:12"]
+    assert complete("cachedb rmi ") == ["app:1", "app:12"]
+    assert complete("cachedb image rm ") == ["app:1", "app:12"]
+    assert complete("cachedb show app:1") == ["1", "12"], "bash keeps the text before the colon"
+    assert complete("cachedb rm app:1 a") == ["app:1", "app:12"]
+    prefix = MADE.digest[:12]
+    assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
+    assert complete("cachedb report largest-i") == ["largest-images"]
+    assert complete("cachedb report largest-images -p l") == ["limit="]
+    assert complete("cachedb report largest-images ") == ["20"]
+    assert complete("cachedb report added-by app:1 app:12") == ["12"]
+    assert complete("cachedb report added-by app:1 app:1 ") == []
+    assert complete("cachedb report freed-by app:1 app:12 a") == ["app:1", "app:12"]
+    assert complete("cachedb report added-by -p over=") == ["app:1", "app:12"], "bash keeps the text before ="
+    assert complete("cachedb report added-by -p over=app:1") == ["1", "12"]
+    assert complete("cachedb report added-by -p over=app:1 ap") == ["app:1", "app:12"]
+    assert complete("cachedb report for-platform lin") == ["linux/amd64"]
+    assert complete("cachedb report absent -p ") == []
+    assert complete("cachedb sql -p ") == []
+    assert complete("cachedb sql --schema image_us") == ["image_usage"]
+    assert complete("cachedb sql image_us") == []
+    assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
+    assert not (tmp_path / "absent").exists()
+
+
+def type_in_zsh(zsh: str, environment: dict[str, str], typed: str) -> str:
+    """Type a command line, a tab and more in an interactive zsh; return the line that it would run."""
+    master, slave = pty.openpty()
+    settings = {**environment, "TERM": "dumb", "PS1": "", "ZDOTDIR": environment["HOME"]}
+    process = subprocess.Popen(
+        [zsh, "-d", "-i"], stdin=slave, stdout=slave, stderr=slave, env=settings, start_new_session=True
+    )
+    os.close(slave)
+    # The option -d skips /etc/zsh/zshrc, which calls `compinit` on Debian.
+    # Control-A goes to the start of the line, and `print` shows the rest of it instead of running it.
+    os.write(master, f"{typed}\x01print -r -- '<'\x05'>'; exit\n".encode())
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    process.wait()
+    (line,) = re.findall(r"^<(.*?) ?>\r?$", shown.decode(), re.MULTILINE)
+    return str(line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "zshrc",
+    [
+        'eval "$(cachedb completion zsh)"',
+        'autoload -Uz compinit && compinit -i\neval "$(cachedb completion zsh)"',
+        'eval "$(cachedb completion zsh)"\nautoload -Uz compinit && compinit -i',
+    ],
+    ids=["without compinit", "after compinit", "before compinit"],
+)
+def test_zsh_completes_commands_names_and_digests(
+    environment: dict[str, str], peer: Callable[[str], str], tmp_path: Path, zshrc: str
+) -> None:
+    zsh = peer("zsh")
+    (tmp_path / ".zshrc").write_text(f"setopt no_beep\n{zshrc}\n")
+    assert type_in_zsh(zsh, environment, "cachedb exi\t") == "cachedb exists"
+    assert type_in_zsh(zsh, environment, "cachedb show app:12\t") == "cachedb show app:12"
+    assert type_in_zsh(zsh, environment, "cachedb show ap\t") == "cachedb show app:1"
+    digest = MADE.digest
+    assert type_in_zsh(zsh, environment, f"cachedb blob cat {digest[:12]}\t") == f"cachedb blob cat {digest}"
+
+
+@pytest.mark.parametrize(
+    ("shell", "advice"),
+    [
+        ("/bin/bash", 'add `eval "$(cachedb completion bash)"` to ~/.bashrc'),
+        ("/usr/bin/zsh", 'add `eval "$(cachedb completion zsh)"` to ~/.zshrc'),
+        ("/usr/bin/fish", "run `cachedb completion fish > ~/.config/fish/completions/cachedb.fish`"),
+        ("/bin/dash", "name bash, zsh or fish"),
+        ("", "name bash, zsh or fish"),
+    ],
+)
+def test_completion_without_a_shell_says_how_to_install_it(
+    cachedb: Run, monkeypatch: pytest.MonkeyPatch, shell: str, advice: str
+) -> None:
+    monkeypatch.setenv("SHELL", shell)
+    done = cachedb("completion")
+    message = f"cachedb: expected a shell: {advice}; see `cachedb completion --help`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_a_script(cachedb: Run, shell: str) -> None:
+    assert "_CACHEDB_COMPLETE" in cachedb("completion", shell).stdout
