@@ -8,6 +8,7 @@ migrated cache before they write anything.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -54,13 +55,16 @@ __all__ = [
     "Progress",
     "Revision",
     "State",
+    "WantedChange",
     "alembic_config",
     "check_existing",
     "check_known",
     "current",
+    "find_change",
     "history",
     "migrate",
     "migrations_directory",
+    "open_unchanged",
     "pending_backfills",
     "read_revisions",
     "report_stage",
@@ -74,6 +78,8 @@ Progress = Callable[[str, int, int], None]
 BACKFILLS_OF_THIS_RELEASE = BACKFILLS.c.revision == descriptions.BACKFILL  # a newer schema may have others
 
 
+_RELATIVE = re.compile(r"(.*?)([+-][0-9]{1,4})")
+"""Matches steps from a revision: ``+1``, ``-1``, ``head-1``."""
 UNKNOWN = "no migration creates it"
 """The detail of a `Drift` for a database object that cachedb does not know."""
 
@@ -95,6 +101,16 @@ class Revision(NamedTuple):
     message: str
     oldest: str  # the oldest schema whose releases can still use the cache after it
     current: bool  # whether the cache has this schema
+    date: str | None  # of the migration, as in 2026-11-24 07:20:00
+    description: str  # all of it; its first paragraph is the message
+
+
+class WantedChange(NamedTuple):
+    """A change of a cache's schema that was asked for."""
+
+    before: str
+    after: str
+    is_downgrade: bool
 
 
 def migrations_directory() -> Path:
@@ -145,16 +161,40 @@ def history(directory: Path) -> list[Revision]:
 
     with closing(Database(choose_directory(directory))) as database:
         revision = database.reserve.run(database.revision)
-    return [
-        Revision(
-            script.revision,
-            _single_revision(script.down_revision),
-            script.doc,
-            _oldest_revision(script),
-            script.revision == revision,
+    found = []
+    for script in ScriptDirectory.from_config(alembic_config()).walk_revisions():
+        description, facts = _split_docstring(script.longdoc)
+        parent, oldest = _single_revision(script.down_revision), _oldest_revision(script)
+        is_current = script.revision == revision
+        found.append(
+            Revision(script.revision, parent, script.doc, oldest, is_current, facts.get("Created"), description)
         )
-        for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
-    ]
+    return found
+
+
+def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Return the description of a migration, and the facts in the last paragraph of its docstring."""
+    description, _, last = text.strip().rpartition("\n\n")
+    facts = dict(line.split(": ", 1) for line in last.splitlines() if ": " in line)
+    if "Revision" not in facts:
+        return text.strip(), {}
+    return description, {key: value.partition(".")[0] for key, value in facts.items()}
+
+
+def open_unchanged(directory: Path) -> Database:
+    """Return the database of an existing cache for reading; nothing is created or recreated.
+
+    Raises:
+        NotInCache: if there is no cache.
+    """
+    database = Database(choose_directory(directory))
+    try:
+        if not database.reserve.run(database.revision):
+            raise _find_loss_error(database) or no_cache_error(database.directory)
+    except BaseException:
+        database.close()
+        raise
+    return database
 
 
 def check_existing(directory: Path) -> Database:
@@ -205,19 +245,52 @@ def check_known(database: Database, found: str | None) -> str:
     return found
 
 
-def resolve_revision(revision: str, base: str | None = None) -> str:
-    """Return the revision for a prefix, for ``head``, or for ``-N``: N steps before ``base``."""
+def find_change(database: Database, revision: str, *, is_downgrade: bool) -> WantedChange:
+    """Return the change to a revision as Alembic's users write it: ``head``, ``+1``, ``-1``, or a prefix.
+
+    Raises:
+        InvalidRevision: if there is no such revision.
+        SchemaMismatch: if the change goes in the other direction, or this release does not know the cache's schema.
+    """
+    found = check_known(database, database.revision())
+    if is_downgrade and found > REVISION:
+        raise schema_error(database.directory, found)
+    target = resolve_revision(revision, found)
+    if is_downgrade and found < target:
+        raise SchemaMismatch(f"the cache has schema {found}, older than {target}: use `cachedb db upgrade {target}`")
+    if not is_downgrade and found > target:
+        raise SchemaMismatch(
+            f"the cache has schema {found}, which is newer than {target}"
+            + (": use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
+        )
+    return WantedChange(found, target, is_downgrade)
+
+
+def resolve_revision(revision: str, found: str) -> str:
+    """Return the revision for a prefix, for ``head``, or for steps such as ``+1``, ``-1`` and ``head-1``.
+
+    Args:
+        revision: the text.
+        found: the revision from which steps count, if the text names none.
+
+    Raises:
+        InvalidRevision: if there is no such revision. ``base`` is none: the names of all images would be lost.
+    """
     known = read_revisions()
-    if revision == "head":
-        return known[-1]
-    if base and revision.startswith("-") and revision[1:].isdecimal():
-        place = known.index(base) - int(revision[1:])
-        found = known[place : place + 1] if place >= 0 else []
+    if revision == "base":
+        raise InvalidRevision(
+            "'base' would delete the index, and with it the names of all images: "
+            f"use {known[0]}, the oldest schema, or delete the cache directory"
+        )
+    parsed = _RELATIVE.fullmatch(revision)
+    start, steps = (parsed[1], int(parsed[2])) if parsed else (revision, 0)
+    if start == "head" or (parsed and not start):
+        starts = [place for place, one in enumerate(known) if one == (known[-1] if start else found)]
     else:
-        found = [revision] if revision in known else [one for one in known if revision and one.startswith(revision)]
-    if len(found) != 1:
+        starts = [place for place, one in enumerate(known) if start and one.startswith(start)]
+    if len(starts) != 1 or not 0 <= starts[0] + steps < len(known):
         raise InvalidRevision(f"{revision!r} is not one of the revisions {', '.join(known)}: see `cachedb db history`")
-    return found[0]
+    return known[starts[0] + steps]
 
 
 def _single_revision(down_revision: object) -> str | None:

@@ -14,7 +14,6 @@ from cachedb.content import describe
 from cachedb.disk import single_flight
 from cachedb.errors import (
     CacheError,
-    SchemaMismatch,
     StorageError,
     mark_callers_errors,
     os_errors,
@@ -24,11 +23,10 @@ from cachedb.index.schema import (
     BACKFILLS_OF_THIS_RELEASE,
     Progress,
     check_existing,
-    check_known,
+    find_change,
     migrate,
     pending_backfills,
     report_stage,
-    resolve_revision,
 )
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
@@ -108,7 +106,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
 
     Args:
         directory: the directory of an existing cache.
-        revision: the new schema; ``head`` is the newest.
+        revision: the new schema; ``head`` is the newest, and ``+1`` the one after the current schema.
         progress: called with the stage, the amount done and the total.
 
     Raises:
@@ -120,13 +118,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
     check_functions(progress=progress)
     progress = progress and mark_callers_errors(progress)
     with closing(check_existing(directory)) as database:
-        target = resolve_revision(revision)
-        found = check_known(database, database.revision())
-        if found > target:
-            raise SchemaMismatch(
-                f"the cache has schema {found}, which is newer than {target}"
-                + (": use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
-            )
+        target = find_change(database, revision, is_downgrade=False).after
         before, backup = migrate(database, target, progress)
         return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])
 
@@ -148,14 +140,7 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
     check_functions(progress=progress)
     progress = progress and mark_callers_errors(progress)
     with closing(check_existing(directory)) as database:
-        found = check_known(database, database.revision())
-        if found > REVISION:
-            raise schema_error(database.directory, found)
-        target = resolve_revision(revision, found)
-        if found < target:
-            raise SchemaMismatch(
-                f"the cache has schema {found}, older than {target}: use `cachedb db upgrade {target}`"
-            )
+        target = find_change(database, revision, is_downgrade=True).after
         before, backup = migrate(database, target, progress, down=True)
         return Change(before, target, backup, [])
 

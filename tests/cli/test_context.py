@@ -36,6 +36,7 @@ def remote() -> Iterator[Registry]:
         "sql SELECT(1)", "report largest-unique", "report --html cache.html", "stats", "df", "hold app:1", "holds",
         "release app:1", "gc", "gc --dry-run", "verify", "verify --repair", "copy new", "ps", f"blob cat {ABSENT}",
         f"blob path {ABSENT}", "db upgrade", "db downgrade 0002", "db check", "db backup",
+        "db upgrade --dry-run", "db upgrade --sql", "db current --check",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("directory", ["absent", "absent/below", "empty"])

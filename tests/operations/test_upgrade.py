@@ -807,7 +807,7 @@ def test_missing_folders_are_created_again(old: Path, call: str, monkeypatch: py
         run(old, *arguments)
 
 
-@pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
+@pytest.mark.parametrize("revision", ["9999", "x", "", "-9", "-x", "000"])
 def test_an_unknown_revision_is_refused(directory: Path, revision: str) -> None:
     Cache.open(directory).close()
     for call in (upgrade.upgrade, upgrade.downgrade):

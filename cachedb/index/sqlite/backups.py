@@ -30,6 +30,8 @@ __all__ = [
     "copy_snapshot",
     "keep_newest",
     "list_backups",
+    "measure_change",
+    "path_before_change",
     "put_in_place",
     "size_of",
 ]
@@ -177,18 +179,32 @@ def back_up_before_change(
     Raises:
         StorageError: if the disk has too little free space, or the backup cannot be written.
     """
-    # SQLite writes the change to the WAL first, and to the index later.
-    with database.raw() as connection:
-        needed = 2 * size_of(connection) + _CHANGE_BYTES
+    needed = measure_change(database)
     free = shutil.disk_usage(database.directory).free
     if free < needed:
         raise StorageError(
             f"the schema was not changed: a backup of the index and the change take up to {needed} bytes of disk, "
             f"and {free} are free: free some space (`cachedb gc` may help) and try again"
         )
-    path = back_up(database, f"{old}{_BEFORE}{new}", progress=progress)
+    path = back_up(database, _label_before(old, new), progress=progress)
     keep_newest(database.directory, KEPT + 1)  # keep the earlier ones until the change succeeds
     return path
+
+
+def measure_change(database: Database) -> int:
+    """Return how many bytes of disk the backup and a schema change take at most."""
+    # SQLite writes the change to the WAL first, and to the index later.
+    with database.raw() as connection:
+        return 2 * size_of(connection) + _CHANGE_BYTES
+
+
+def path_before_change(directory: Path, old: str, new: str) -> Path:
+    """Return the path that `back_up_before_change` would give a backup now."""
+    return _next_path(directory, _label_before(old, new))
+
+
+def _label_before(old: str, new: str) -> str:
+    return f"{old}{_BEFORE}{new}"
 
 
 def keep_newest(directory: Path, count: int = KEPT) -> None:
