@@ -8,7 +8,6 @@ import click
 
 from cachedb import __version__
 from cachedb.cli.archives import export, import_
-from cachedb.cli.familiar import OtherCommand
 from cachedb.cli.images import ls, rm
 
 __all__ = ["HIDDEN_COMMANDS"]
@@ -26,7 +25,8 @@ def _list_images(all_: bool, digests: bool, **options: Any) -> None:  # noqa: AN
 
 
 def _remove_images(force: bool, **options: Any) -> None:  # noqa: ANN401 - the options of `rm`
-    """Run `rm`, which needs no force."""
+    """Run `rm`, which needs no force; as in podman, it makes a missing image no error."""
+    options["ignore_missing"] |= force
     click.get_current_context().invoke(rm, **options)
 
 
@@ -39,13 +39,8 @@ def _load(**options: Any) -> None:  # noqa: ANN401 - the options of `import`
 
 def _save(**options: Any) -> None:  # noqa: ANN401 - the options of `export`
     """Run `export`, which writes to stdout if no file is given."""
-    if options["destination"] is not None:
-        name, other = options["name"], options["destination"]
-        raise OtherCommand(
-            f"'save' takes one name: use `cachedb export {name} FILE`; {other!r} would be another image for docker"
-        )
     if options["output"] is None:
-        options["destination"] = "-"
+        options["output"] = "-"  # so that the last name is no file
     click.get_current_context().invoke(export, **options)
 
 
