@@ -724,6 +724,8 @@ class Cache:
             NotInCache: if a name or a pattern matches no image, whatever the filters.
         """
         wanted = parse_wanted(names)
+        if filters is not None:
+            self._uses.write()  # what this process has just used is not unused
 
         def remove_rows() -> Removed:
             with self._database.write() as connection:

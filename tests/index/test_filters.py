@@ -276,6 +276,14 @@ def test_an_image_that_is_used_before_the_lock_is_held_is_not_removed(
     assert cache.list_names() == ["a:1"]
 
 
+def test_an_image_that_this_process_has_just_read_counts_as_used(cache: Cache) -> None:
+    fill(cache, ["a:1", "b:1"])
+    for name in ("a:1", "b:1"):
+        age(cache, "last_used_at", name, days=8)
+    cache.get_manifest("a:1")
+    assert cache.remove_manifest(filters=Filters(unused_for=7 * 86_400)).images == ["b:1"]
+
+
 def test_removing_by_digest_never_removes_a_tag(cache: Cache) -> None:
     fill(cache, ["app:1"])
     digest = cache.get_image("app:1").digest
