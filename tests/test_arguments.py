@@ -39,6 +39,8 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "group": (type(None),),
     "is_working": (type(None),),
     "media_type": (type(None),),
+    "filters": (type(None),),
+    "export.name": (list,),
 }
 FLAGS = {
     "stream",
@@ -49,6 +51,7 @@ FLAGS = {
     "link",
     "all_platforms",
     "if_missing",
+    "ignore_missing",
     "allow_stale",
     "referrers",
     "foreign_layers",
@@ -73,7 +76,8 @@ def test_an_argument_of_a_wrong_type_is_refused(cache: Cache, tmp_path: Path, me
     signature = inspect.signature(getattr(Cache, method))
     for wrong in WRONG:
         is_bool = type(wrong) is bool and parameter in ("seconds", "timeout")
-        if isinstance(wrong, ACCEPTED.get(parameter, ())) and not is_bool:
+        accepted = ACCEPTED.get(f"{method}.{parameter}", ACCEPTED.get(parameter, ()))
+        if isinstance(wrong, accepted) and not is_bool:
             continue
         before = snapshot(cache.directory)
         bound = signature.bind(cache, *ARGUMENTS[method])

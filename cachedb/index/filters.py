@@ -220,7 +220,7 @@ def narrow(
         NotInCache: if a name or a pattern matches no image, whatever the filters.
         InvalidQuery: if there is no such order, or there are too many patterns.
     """
-    filters = filters or Filters()
+    filters = _check_filters(filters)
     conditions = build_conditions(connection, filters)
     if wanted:
         conditions.append(_is_wanted(connection, wanted, exact=exact, ignore_missing=ignore_missing))
@@ -242,7 +242,7 @@ def find_images(
         by_default_all: select all images if there are neither names nor patterns nor conditions. Otherwise select none
             then, so that an empty list removes nothing.
     """
-    filters = filters or Filters()
+    filters = _check_filters(filters)
     if not wanted and not filters.has_conditions and not by_default_all:
         return []
     if wanted and filters == Filters() and not any(map(is_pattern, wanted)):
@@ -252,6 +252,14 @@ def find_images(
     query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference)
     query = narrow(connection, query, wanted, filters, exact=exact, ignore_missing=ignore_missing)
     return [FoundImage(row.id, Name(row.repository, row.reference)) for row in connection.execute(query)]
+
+
+def _check_filters(filters: Filters | None) -> Filters:
+    if filters is None:
+        return Filters()
+    if not isinstance(filters, Filters):
+        raise TypeError(f"filters is of type {type(filters).__name__!r}: give Filters, or None")
+    return filters
 
 
 def _is_wanted(

@@ -737,6 +737,7 @@ MUTATIONS = [
     Mutation("a name goes before the first digits of a digest", "cachedb/content/held.py", "    if not is_digest(prefix) and images.look_up(", "    if False and images.look_up(", "tests/index/test_blobs.py -k looks_like_a_digest"),
     Mutation("`verify` names the images of a damaged blob", "cachedb/operations/verify.py", 'images=tuple(names.get(problem.digest or "", ()))', "images=()", "tests/operations/test_verify.py -k names_all_images"),
     Mutation("what a process has just used is not unused", "cachedb/cache.py", "        if filters is not None:\n            self._uses.write()", "        if False:\n            self._uses.write()", "tests/index/test_filters.py -k just_read"),
+    Mutation("filters of a wrong type are refused", "cachedb/index/filters.py", "    if not isinstance(filters, Filters):\n", "    if False:\n", "tests/test_arguments.py -k wrong_type"),
     Mutation("no control character reaches a column", "cachedb/cli/fields.py", "printable(field.show(value))", "field.show(value)", "tests/cli/test_fields.py -k control_characters"),
 ]  # fmt: skip
 
