@@ -66,7 +66,6 @@ __all__ = [
     "read_image",
     "read_image_blobs",
     "read_images",
-    "read_name",
     "read_names",
     "read_root",
     "read_tags",
@@ -188,12 +187,6 @@ def read_images(
 def read_names(database: Database) -> list[Name]:
     """Return the names of all images, sorted."""
     return [Name(*row) for row in database.rows(_select_names(), {})]
-
-
-def read_name(connection: Connection, image_id: int) -> Name:
-    """Return the name of an image."""
-    query = select(IMAGES.c.repository, IMAGES.c.reference).where(IMAGES.c.id == image_id)
-    return Name(*connection.execute(query).one())
 
 
 @cache

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from sqlalchemy import select
+
 from cachedb.errors import InvalidQuery, NotInCache
-from cachedb.index import images
+from cachedb.index.filters import is_pattern, narrow, parse_wanted
 from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import IMAGES
 from cachedb.oci.names import Name
 from cachedb.oci.platforms import PLATFORM_PART
 from cachedb.text import parse_size, shorten
@@ -24,9 +26,6 @@ from cachedb.text import parse_size, shorten
 __all__ = ["Parameter", "convert_value", "parse_declaration", "parse_number"]
 
 Value = int | float | str
-
-_MAX_LOOK_UPS = 100  # more images are looked up in the list of all names
-_PATTERN = re.compile(r"[*?[]")  # characters of a pattern that no name has
 
 
 class Parameter(NamedTuple):
@@ -108,9 +107,10 @@ def convert_value(parameter: Parameter, text: str, database: Database) -> Value:
         return parse_number(text)
     if parameter.kind in ("image", "images"):
         try:
-            if parameter.kind == "image":
-                return _find_image(database, text)
-            return json.dumps(_find_images(database, text.split()))
+            if parameter.kind == "images":
+                return json.dumps(_find_names(database, parse_wanted(text.split())))
+            (name,) = _find_names(database, [Name.parse(text)] if is_pattern(text) else parse_wanted([text]))
+            return name
         except NotInCache as error:
             raise InvalidQuery(f"invalid value of {parameter.name!r}: {error}") from error
     parse, description = _KINDS[parameter.kind]
@@ -120,30 +120,14 @@ def convert_value(parameter: Parameter, text: str, database: Database) -> Value:
     return value
 
 
-def _find_image(database: Database, text: str) -> str:
-    with database.read() as connection:
-        found = images.find(connection, Name.parse(text))
-        return str(images.read_name(connection, found.id))
-
-
-def _find_images(database: Database, words: list[str]) -> list[str]:
-    """Return the names of the images that some names and patterns stand for.
+def _find_names(database: Database, wanted: Sequence[str | Name]) -> list[str]:
+    """Return the names of the images that names and patterns stand for, sorted.
 
     Raises:
-        NotInCache: if a name is not in the cache, or a pattern matches no name.
+        NotInCache: if one of them matches no image.
     """
-    found: dict[str, None] = {}  # a dict, because it keeps the order
-    patterns = [word for word in words if _PATTERN.search(word)]
-    is_list = patterns or len(words) > _MAX_LOOK_UPS
-    names = [str(name) for name in images.read_names(database)] if is_list else []
-    known = set(names)
-    for word in words:
-        if word in patterns:
-            matching = [name for name in names if fnmatchcase(name, word)]
-            if not matching:
-                raise NotInCache(f"no image matches {shorten(word)}: `cachedb ls` lists the images")
-        else:
-            full = str(Name.parse(word))
-            matching = [full if full in known else _find_image(database, word)]
-        found.update(dict.fromkeys(matching))
-    return list(found)
+    if not wanted:
+        return []
+    with database.read() as connection:
+        query = narrow(connection, select(IMAGES.c.repository, IMAGES.c.reference), wanted)
+        return [str(Name(*row)) for row in connection.execute(query)]

@@ -295,7 +295,7 @@ def test_totals_are_computed_by_repository_and_by_day(cache: Cache) -> None:
         ("largest-images", "limit", "", "'' is not a valid value of 'limit': "),
         ("by-label", "key", "", "'' is not a valid value of 'key': give the key of a label"),
         ("freed-by", "names", "base:2", "invalid value of 'names': base:2 is not in the cache: "),
-        ("freed-by", "names", "app:1 team/*", "invalid value of 'names': no image matches 'team/*': `cachedb ls` "),
+        ("freed-by", "names", "app:1 team/*", "invalid value of 'names': 'team/*' matches no image: "),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(cache: Cache, which: str, name: str, value: str, reason: str) -> None:
@@ -315,6 +315,7 @@ def test_a_value_of_the_wrong_type_is_refused(cache: Cache, which: str, name: st
         ("text", "10", "10"),
         ("image", "app:1", "app:1"),
         ("image", f"base@{BASE.digest}", "base:1"),
+        ("image", f"base@{BASE.digest[:19]}", "base:1"),
         ("images", "app:[12] base:1 app:1", '["app:1", "app:2", "base:1"]'),
     ],
 )
@@ -341,14 +342,6 @@ def test_a_line_with_an_unknown_type_is_a_description(cache: Cache, tmp_path: Pa
     (tmp_path / "reports" / "mine.sql").write_text("-- Mine.\n-- :o:smile\n-- :n image\nSELECT :n AS n")
     (mine,) = [one for one in named.list_reports() if one.name == "mine"]
     assert (mine.description, mine.parameters) == ("Mine. :o:smile", (Parameter("n", None, "image"),))
-
-
-def test_many_names_are_looked_up_in_the_list_of_names(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = run_report(cache, "freed-by", names="app:1 app:stable")
-    monkeypatch.setattr("cachedb.reports.parameters._MAX_LOOK_UPS", 1)
-    assert run_report(cache, "freed-by", names=f"app:1 app:stable app@{APP.digest}") == few
-    with pytest.raises(InvalidQuery, match="app:3 is not in the cache"):
-        run_report(cache, "freed-by", names="app:1 app:3")
 
 
 def test_freed_by_accepts_patterns(cache: Cache) -> None:
