@@ -26,7 +26,7 @@ GIVEN = {  # parameters of reports
     "freed-by": {"names": "team/app-1:0 team/app-2:0"},
     "added-by": {"name": "team/app-1:0", "over": "base/1:1"},
     "by-label": {"key": "version"},
-    "differences": {"name": "team/app-1:0", "other": "team/app-1:1"},
+    "differences": {"name": "team/app-1:0", "other": "team/app-2:0"},
     "for-platform": {"platform": "linux/arm64"},
     "to-free": {"size": "500GB"},
     "usage-by": {"key": "version"},
