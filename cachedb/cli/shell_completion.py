@@ -145,11 +145,10 @@ class _Bash(BashComplete):
 
     source_template = """\
 %(complete_func)s() {
-    local line="${COMP_LINE:0:COMP_POINT}" word kept item type value
+    local line="${COMP_LINE:0:COMP_POINT}" breaks="${COMP_WORDBREAKS//[^=:]/}" word kept type value
     word="${line##* }"
-    # bash keeps the text before an equals sign or a colon, so completions must leave it out.
-    [[ "$COMP_WORDBREAKS" == *=* && "$word" == *=* ]] && kept="${word%%=*}="
-    [[ "$COMP_WORDBREAKS" == *:* && "$word" == *:* ]] && kept="${word%%:*}:"
+    # bash keeps the text up to the last equals sign or colon, so completions must leave it out.
+    [[ "$breaks" ]] && kept="${word%%"${word##*["$breaks"]}"}"
     while IFS=, read -r type value; do
         case "$type" in
             dir) compopt -o dirnames ;;

@@ -60,8 +60,13 @@ def test_bash_completes_commands_names_and_digests(
         return result.stdout.split()
 
     assert complete("cachedb ex") == ["exists", "export"]
+    with Cache.open(environment["CACHEDB_DIR"]) as cache:
+        cache.tag("app:1", "localhost:5000/app:2")
+        assert complete("cachedb rm localhost:5000/") == ["5000/app:2"]
+        assert complete("cachedb rm localhost:5000/app:") == ["2"], "bash keeps the text up to the last colon"
+        cache.remove_manifest("localhost:5000/app:2")
     assert complete("cachedb im") == ["import"], "hidden commands are not completed"
-    assert complete("cachedb show ") == ["app:1", "app:12"]
+    assert complete("cachedb manifest ") == ["app:1", "app:12"]
     assert complete("cachedb rmi ") == ["app:1", "app:12"]
     assert complete("cachedb image rm ") == ["app:1", "app:12"]
     assert complete("cachedb show app:1") == ["1", "12"], "bash keeps the text before the colon"
