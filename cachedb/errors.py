@@ -7,6 +7,7 @@ CacheError
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
 ├── NotInCache           the requested image or blob is not in the cache
 ├── InvalidQuery         an SQL query is invalid, or would do more than read
+├── InvalidPolicy        a policy, or a plan to apply, is invalid
 ├── InvalidManifest      a manifest, index or config cannot be used
 ├── InvalidArchive       an archive or image layout cannot be used
 ├── DigestMismatch       content differs from its declared digest or size
@@ -47,6 +48,7 @@ __all__ = [
     "InvalidDigest",
     "InvalidManifest",
     "InvalidName",
+    "InvalidPolicy",
     "InvalidQuery",
     "InvalidRevision",
     "NameInUse",
@@ -97,6 +99,18 @@ class InvalidQuery(CacheError):
     def __init__(self, message: str, place: tuple[int, int] | None = None) -> None:
         super().__init__(message)
         self.place = place  # start and end of the error in the query, in characters, if known
+
+
+class InvalidPolicy(CacheError):
+    """A policy, or a plan to apply, is invalid.
+
+    Attributes:
+        line: the line of the mistake, if known.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 class NotInCache(CacheError):

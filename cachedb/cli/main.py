@@ -25,6 +25,7 @@ from cachedb.errors import (
     CacheError,
     InvalidDigest,
     InvalidName,
+    InvalidPolicy,
     InvalidQuery,
     InvalidRevision,
     NotInCache,
@@ -66,7 +67,7 @@ def main() -> NoReturn:
         _fail(error.format_message(), 1)
     except NotInCache as error:
         _fail(str(error), 3)
-    except (InvalidName, InvalidDigest, InvalidRevision, InvalidQuery) as error:
+    except (InvalidName, InvalidDigest, InvalidRevision, InvalidQuery, InvalidPolicy) as error:
         _fail(str(error), 2)
     except CacheError as error:
         _fail(str(error), 1)

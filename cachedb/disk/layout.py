@@ -17,6 +17,7 @@ from cachedb.errors import (
 from cachedb.oci.digests import Digest, is_digest, parse_digest
 
 __all__ = [
+    "POLICY_FILE",
     "REVISION",
     "UNFINISHED_INDEX",
     "blob_file",
@@ -40,6 +41,9 @@ __all__ = [
 
 REVISION = "0006"
 """The newest migration, whose schema `cachedb.index.tables` describes; here for readers without SQLAlchemy."""
+
+POLICY_FILE = "policy.toml"
+"""The file in the cache directory that says which images to keep and to remove."""
 
 UNFINISHED_INDEX = ".cachedb-copy"
 """The name of the index in a directory that `cachedb copy` has not finished."""

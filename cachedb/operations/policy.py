@@ -1,10 +1,55 @@
-"""The policy of a cache: which images to keep, which to remove, and the limits of its size."""
+"""The policy of a cache: which images to keep, which to remove, and the limits of its size.
+
+It is the file ``policy.toml`` in the cache directory, so every process applies the same policy.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+import re
+import tomllib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
 
-__all__ = ["Keep", "Limits", "Policy", "Remove"]
+from cachedb.disk.durable import atomic_file, remove_leftovers
+from cachedb.disk.folders import apply_folder_mode
+from cachedb.disk.layout import POLICY_FILE
+from cachedb.disk.reader import open_regular
+from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, os_errors
+from cachedb.index.filters import is_pattern
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.query import run_query
+from cachedb.oci.names import Name, parse_repository
+from cachedb.oci.platforms import PLATFORM_PART
+from cachedb.text import parse_duration, parse_size, shorten
+
+__all__ = [
+    "EXPRESSION",
+    "Keep",
+    "Limits",
+    "Policy",
+    "Remove",
+    "check_policy",
+    "format_policy",
+    "install_policy",
+    "load_policy",
+    "parse_fraction",
+    "parse_name_or_pattern",
+    "parse_policy",
+    "read_policy",
+]
+
+
+EXPRESSION: Final = "re:"
+"""The start of a regular expression among names."""
+
+_MAX_BYTES = 64 * 1024  # of a policy; a larger file is not one
+_QUERY_SECONDS = 60.0  # that the first row of a query may take
+
+T = TypeVar("T")
 
 
 class Keep(NamedTuple):
@@ -48,3 +93,385 @@ class Policy(NamedTuple):
     limits: Limits = Limits()
     keep: tuple[Keep, ...] = ()
     remove: tuple[Remove, ...] = ()
+
+
+# Parsing
+
+
+def parse_policy(text: str, source: str = POLICY_FILE) -> Policy:
+    """Parse a policy in TOML; its queries are not checked.
+
+    Args:
+        text: the policy.
+        source: the name of the file, for errors.
+
+    Raises:
+        InvalidPolicy: if the text is not TOML, or has an unknown key, a wrong value, or a rule without conditions.
+    """
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise InvalidPolicy(f"{source}: it is nested too deeply: write a flat policy") from None
+    except ValueError as error:
+        raise _explain_syntax(text, source, error) from None
+    try:
+        return _parse_document(document)
+    except _Mistake as mistake:
+        raise _locate(text, source, mistake) from None
+
+
+class _Mistake(Exception):
+    """What is wrong at a place of a policy."""
+
+    def __init__(self, what: str, *path: str | int) -> None:
+        super().__init__(what)
+        self.path = path  # keys and positions that lead to the place
+
+
+def _locate(text: str, source: str, mistake: _Mistake) -> InvalidPolicy:
+    line = _find_line(text, mistake.path)
+    return InvalidPolicy(f"{source}, line {line}: {mistake}", line=line)
+
+
+def _explain_syntax(text: str, source: str, error: ValueError) -> InvalidPolicy:
+    what = str(error)
+    found = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", what)
+    line, column = (int(found[1]), f" in column {found[2]}") if found and found[1] else (text.count("\n") + 1, "")
+    what = what[: found.start()] if found else what
+    return InvalidPolicy(f"{source}, line {line}: invalid TOML{column}: {what[:1].lower()}{what[1:]}", line=line)
+
+
+def _find_line(text: str, path: tuple[str | int, ...]) -> int:
+    """Return the line on which the statement begins that sets the value at a path.
+
+    It is the first line whose statement completes a document that has the value. So this needs no grammar of TOML.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+
+    def has_value(count: int) -> bool:
+        for end in range(count, len(lines) + 1):
+            try:
+                value: Any = tomllib.loads("\n".join(lines[:end]))
+            except ValueError:
+                continue  # the statement goes on
+            for part in path:
+                is_there = part < len(value) if isinstance(part, int) else part in value
+                if not is_there:
+                    return False
+                value = value[part]
+            return True
+        return True
+
+    return bisect_left(range(1, len(lines)), True, key=has_value) + 1
+
+
+def _parse_document(document: dict[str, Any]) -> Policy:
+    for key in document:
+        if key not in ("limits", "keep", "remove"):
+            raise _Mistake(f"unknown table {shorten(key)}: use limits, keep or remove", key)
+    limits = document.get("limits", {})
+    if not isinstance(limits, dict):
+        raise _Mistake("limits is not a table: write [limits]", "limits")
+    parsed = Limits(**_parse_table(limits, _LIMIT_KEYS, "limits"))
+    if "down-to" in limits and parsed.max_size is None:
+        raise _Mistake("down-to is a part of max-size, which is missing: add max-size", "limits", "down-to")
+    keep = tuple(Keep(**values) for values in _parse_rules(document, "keep", _KEEP_KEYS))
+    remove = tuple(Remove(**values) for values in _parse_rules(document, "remove", _REMOVE_KEYS))
+    return Policy(parsed, keep, remove)
+
+
+def _parse_rules(document: dict[str, Any], kind: str, keys: Mapping[str, _Parser]) -> Iterator[dict[str, Any]]:
+    tables = document.get(kind, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise _Mistake(f"{kind} is not a list of tables: write [[{kind}]]", kind)
+    for number, table in enumerate(tables):
+        if not table:
+            raise _Mistake(f"the rule has no condition: use {_list_keys(keys)}", kind, number)
+        yield _parse_table(table, keys, kind, number)
+
+
+def _parse_table(table: dict[str, Any], keys: Mapping[str, _Parser], *path: str | int) -> dict[str, Any]:
+    """Return the fields of a table by the names that the types have."""
+    found = {}
+    for key, value in table.items():
+        if key not in keys:
+            raise _Mistake(f"unknown key {shorten(key)}: use {_list_keys(keys)}", *path, key)
+        try:
+            found["labels" if key == "label" else key.replace("-", "_")] = keys[key](value)
+        except (CacheError, ValueError) as error:
+            raise _Mistake(f"{key}: {error}", *path, key) from None
+    return found
+
+
+def _list_keys(keys: Mapping[str, _Parser]) -> str:
+    *names, last = keys
+    return f"{', '.join(names)} or {last}"
+
+
+# Values: each function raises `ValueError` or `CacheError` for a wrong one.
+
+_Parser = Callable[[object], object]
+
+
+def _parse_text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{shorten(value)} is not a text: write one in quotes")
+    return value
+
+
+def _parse_texts(value: object) -> list[str]:
+    """Return the texts of a list; one text is a list, too."""
+    if isinstance(value, list) and not value:
+        raise ValueError("the list is empty: write at least one text, or leave the key out")
+    return [_parse_text(text) for text in value] if isinstance(value, list) else [_parse_text(value)]
+
+
+def _parse_size(value: object) -> int:
+    size = parse_size(value) if isinstance(value, str) else None
+    if size is None:
+        raise ValueError(f'{shorten(value)} is not a size: write one as in "200GB" or "64GiB"')
+    return size
+
+
+def parse_fraction(text: str) -> float | None:
+    """Parse a percentage such as ``15%`` into a fraction; None if it is invalid or above 100 %."""
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", text)
+    return float(found[1]) / 100 if found and float(found[1]) <= 100 else None
+
+
+def _parse_fraction(value: object) -> float:
+    fraction = parse_fraction(value) if isinstance(value, str) else None
+    if not fraction:
+        raise ValueError(f'{shorten(value)} is not a percentage: write one as in "90%"')
+    return fraction
+
+
+def _parse_free(value: object) -> int | float:
+    fraction = parse_fraction(value) if isinstance(value, str) else None
+    size = parse_size(value) if isinstance(value, str) and fraction is None else fraction
+    if size is None:
+        raise ValueError(f'{shorten(value)} is neither a percentage nor a size: write one as in "15%" or "20GB"')
+    return size
+
+
+def _parse_seconds(value: object) -> int:
+    seconds = parse_duration(value) if isinstance(value, str) else None
+    if seconds is None:
+        raise ValueError(f'{shorten(value)} is not a duration: write one as in "7d" or "1h30m"')
+    return seconds
+
+
+def _parse_count(value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{shorten(value)} is not a number of images: write 1 or more, without quotes")
+    return value
+
+
+def _parse_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{shorten(value)} is neither true nor false: write one of them, without quotes")
+    return value
+
+
+def _parse_names(value: object) -> tuple[str, ...]:
+    return tuple(map(parse_name_or_pattern, _parse_texts(value)))
+
+
+def parse_name_or_pattern(text: str) -> str:
+    """Return a pattern or ``re:EXPRESSION`` unchanged, and any other text as a whole name.
+
+    Raises:
+        ValueError: if a pattern or an expression is invalid.
+        InvalidName: if another text is not a name.
+    """
+    if text.startswith(EXPRESSION):
+        try:
+            re.compile(text.removeprefix(EXPRESSION))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{shorten(text)} is not a regular expression: {error}") from None
+        return text
+    return _check_pattern(text) if is_pattern(text) else str(Name.parse(text))
+
+
+def _parse_repository(value: object) -> str:
+    text = _parse_text(value)
+    return _check_pattern(text) if is_pattern(text) else parse_repository(text)
+
+
+def _check_pattern(text: str) -> str:
+    if "[" in re.sub(r"\[[!^]?\]?[^]]*\]", "", text):
+        raise ValueError(f"{shorten(text)} is not a pattern: close each [ with a ]")
+    return text
+
+
+def _parse_labels(value: object) -> tuple[tuple[str, str | None], ...]:
+    labels = [text.partition("=") for text in _parse_texts(value)]
+    if not all(key for key, _, _ in labels):
+        raise ValueError(f'{shorten(value)} has no key: write it as in "team=web"')
+    return tuple((key, wanted if equals else None) for key, equals, wanted in labels)
+
+
+def _parse_platform(value: object) -> str:
+    text = _parse_text(value)
+    parts = text.split("/")
+    if len(parts) > 3 or not all(part and PLATFORM_PART.fullmatch(part) for part in parts):
+        raise ValueError(f'{shorten(text)} is not a platform: write it as in "linux/arm64"')
+    return text
+
+
+_LIMIT_KEYS: Final[Mapping[str, _Parser]] = {
+    "max-size": _parse_size,
+    "min-free": _parse_free,
+    "down-to": _parse_fraction,
+}
+_COMMON_KEYS: Final[Mapping[str, _Parser]] = {
+    "names": _parse_names,
+    "repository": _parse_repository,
+    "label": _parse_labels,
+    "platform": _parse_platform,
+    "newest": _parse_count,
+    "sql": _parse_text,
+}
+_KEEP_KEYS: Final = {**_COMMON_KEYS, "used-within": _parse_seconds, "added-within": _parse_seconds}
+_REMOVE_KEYS: Final = {
+    **_COMMON_KEYS,
+    "unused-for": _parse_seconds,
+    "added-before": _parse_seconds,
+    "incomplete": _parse_flag,
+}
+
+
+# Formatting
+
+
+def format_policy(policy: Policy) -> str:
+    """Return a policy in TOML, as `parse_policy` reads it."""
+    tables = [_format_table("[limits]", policy.limits, Limits())] if policy.limits != Limits() else []
+    tables += [_format_table("[[keep]]", rule, Keep()) for rule in policy.keep]
+    tables += [_format_table("[[remove]]", rule, Remove()) for rule in policy.remove]
+    return "\n".join(tables)
+
+
+def _format_table(heading: str, table: Limits | Keep | Remove, default: Limits | Keep | Remove) -> str:
+    lines = [
+        f"{'label' if field == 'labels' else field.replace('_', '-')} = {_format_value(field, value)}\n"
+        for field, value in table._asdict().items()
+        if value != getattr(default, field)
+    ]
+    return "".join([f"{heading}\n", *lines])
+
+
+def _format_value(field: str, value: Any) -> str:  # noqa: ANN401 - the type depends on the field
+    if isinstance(value, bool) or field == "newest":
+        return str(value).lower()
+    if field == "labels":
+        value = tuple(key if wanted is None else f"{key}={wanted}" for key, wanted in value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_quote, value))}]"
+    if field == "down_to" or (field == "min_free" and isinstance(value, float)):
+        return _quote(f"{value * 100:.6g}%")
+    if isinstance(value, str):
+        return _quote(value)
+    return _quote(_format_bytes(value) if field in ("max_size", "min_free") else _format_seconds(value))
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _format_bytes(size: int) -> str:
+    """Return the shortest text that means exactly this size."""
+    units = [("B", 1), *((f"{unit}B", 1000**power) for power, unit in enumerate("kMGTP", 1))]
+    units += [(f"{unit}iB", 1024**power) for power, unit in enumerate("KMGTP", 1)]
+    texts = (f"{size // factor}{unit}" for unit, factor in units if size % factor == 0)
+    return min(texts, key=len)
+
+
+def _format_seconds(seconds: float) -> str:
+    parts, rest = [], int(seconds)
+    for unit, length in (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        parts += [f"{count}{unit}"] if count else []
+    return "".join(parts) or "0s"
+
+
+# Files
+
+
+def load_policy(directory: Path) -> Policy:
+    """Return the policy of a cache; an empty one if there is no ``policy.toml``.
+
+    Raises:
+        InvalidPolicy: if it is invalid.
+        StorageError: if it cannot be read, or is not a regular file.
+    """
+    text = read_policy(directory)
+    return Policy() if text is None else parse_policy(text)
+
+
+def read_policy(directory: Path) -> str | None:
+    """Return the text of a cache's policy; None if there is none.
+
+    Raises:
+        InvalidPolicy: if the file is larger than a policy, or not UTF-8.
+        StorageError: if it cannot be read, or is not a regular file.
+    """
+    with os_errors("read the policy"):
+        try:
+            with open(directory / POLICY_FILE, "rb", opener=open_regular) as file:
+                data = file.read(_MAX_BYTES + 1)
+        except FileNotFoundError:
+            return None
+    if len(data) > _MAX_BYTES:
+        raise InvalidPolicy(f"{POLICY_FILE} has over {_MAX_BYTES} bytes: shorten it")
+    try:
+        return data.decode("utf-8-sig")  # skip an editor's byte order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InvalidPolicy(f"{POLICY_FILE}, line {line}: it is not UTF-8: save it in UTF-8", line=line) from None
+
+
+def check_policy(database: Database, text: str, source: str = POLICY_FILE) -> Policy:
+    """Parse a policy, and run each of its queries up to the first row.
+
+    Args:
+        database: the index for the queries.
+        text: as for `parse_policy`.
+        source: as for `parse_policy`.
+
+    Raises:
+        InvalidPolicy: as `parse_policy` does, or if a query is invalid.
+        CacheError: if a query takes over a minute.
+    """
+    policy = parse_policy(text, source)
+    queries = [("keep", number, rule.sql) for number, rule in enumerate(policy.keep)]
+    queries += [("remove", number, rule.sql) for number, rule in enumerate(policy.remove)]
+    for kind, number, query in queries:
+        if query is not None:
+            try:
+                with run_query(database, query, timeout=_QUERY_SECONDS, stream=True):
+                    pass
+            except InvalidQuery as error:
+                raise _locate(text, source, _Mistake(f"sql: {error}", kind, number, "sql")) from None
+    return policy
+
+
+def install_policy(database: Database, text: str) -> Policy:
+    """Check a policy, and make it that of the cache, durably.
+
+    Raises:
+        InvalidPolicy: if it is invalid; the policy of the cache then stays.
+        StorageError: if it cannot be written.
+    """
+    policy, data = check_policy(database, text), text.encode()
+    if len(data) > _MAX_BYTES:
+        raise InvalidPolicy(f"the policy has over {_MAX_BYTES} bytes: shorten it")
+    folders = database.folders
+    with os_errors("write the policy"):
+        folders.check()
+        remove_leftovers(database.directory)
+        with atomic_file(database.directory / POLICY_FILE) as file:
+            file.write(data)
+            apply_folder_mode(file.fileno(), folders.status)
+        os.fsync(folders.root)
+    return policy

@@ -663,6 +663,18 @@ MUTATIONS = [
     Mutation("a path in the index gets no trash row", "cachedb/content/collect.py", " and is_digest(row.digest)]", "]", "tests/content/test_collect.py -k names_a_path"),
     Mutation("a path in the index is not taken for a digest", "cachedb/disk/layout.py", "    if not is_digest(digest):\n", "    if False:\n", "tests/content/test_collect.py -k damaged"),
     Mutation("an export is synced before it gets its name", "cachedb/disk/durable.py", "            os.fsync(file.fileno())\n            if", "            if", "tests/transports/archive/test_write.py"),
+    # Policies
+    Mutation("a rule without conditions is refused", "cachedb/operations/policy.py", "        if not table:\n", "        if False:\n", "tests/operations/test_policy.py -k mistake"),
+    Mutation("a part of no limit is refused", "cachedb/operations/policy.py", "if \"down-to\" in limits and parsed.max_size is None:", "if False:", "tests/operations/test_policy.py -k mistake"),
+    Mutation("an unknown key of a policy is refused", "cachedb/operations/policy.py", "            raise _Mistake(f\"unknown key {shorten(key)}: use {_list_keys(keys)}\", *path, key)\n", "            continue\n", "tests/operations/test_policy.py -k mistake"),
+    Mutation("an unknown table of a policy is refused", "cachedb/operations/policy.py", "if key not in (\"limits\", \"keep\", \"remove\"):", "if False:", "tests/operations/test_policy.py -k mistake"),
+    Mutation("an empty list of names is refused", "cachedb/operations/policy.py", "if isinstance(value, list) and not value:", "if False:", "tests/operations/test_policy.py -k mistake"),
+    Mutation("an open bracket in a pattern is refused", "cachedb/operations/policy.py", "    if \"[\" in re.sub(", "    if False and re.sub(", "tests/operations/test_policy.py -k mistake"),
+    Mutation("a policy that is a link is not read", "cachedb/operations/policy.py", "with open(directory / POLICY_FILE, \"rb\", opener=open_regular) as file:", "with open(directory / POLICY_FILE, \"rb\") as file:", "tests/operations/test_policy.py -k no_regular"),
+    Mutation("the size of a policy is limited", "cachedb/operations/policy.py", "    if len(data) > _MAX_BYTES:\n        raise InvalidPolicy(f\"{POLICY_FILE} has", "    if False:\n        raise InvalidPolicy(f\"{POLICY_FILE} has", "tests/operations/test_policy.py -k no_text"),
+    Mutation("the queries of a policy are checked", "cachedb/operations/policy.py", "        if query is not None:\n", "        if False:\n", "tests/operations/test_policy.py -k query"),
+    Mutation("an invalid policy is not installed", "cachedb/operations/policy.py", "policy, data = check_policy(database, text), text.encode()", "policy, data = Policy(), text.encode()", "tests/operations/test_policy.py -k installed"),
+    Mutation("an installed policy has the mode of the cache", "cachedb/operations/policy.py", "            apply_folder_mode(file.fileno(), folders.status)\n", "            pass\n", "tests/operations/test_policy.py -k mode_of"),
     # Verification
     Mutation("an interrupt stops the threads", "cachedb/threads.py", "        stopped.set()\n", "", "tests/test_threads.py tests/operations/test_verify.py"),
     Mutation("a fault found without the lock is checked again", "cachedb/operations/verify.py", "            if reading and (status is None or reading.file != file_identity(status)):\n", "            if False:\n", "tests/operations/test_verify.py"),
