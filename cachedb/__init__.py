@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from cachedb.operations.inspect import RemoteBlob as RemoteBlob
     from cachedb.operations.inspect import RemoteImage as RemoteImage
     from cachedb.operations.inspect import RemotePlatform as RemotePlatform
+    from cachedb.operations.policy import Keep as Keep
+    from cachedb.operations.policy import Limits as Limits
+    from cachedb.operations.policy import Policy as Policy
+    from cachedb.operations.policy import Remove as Remove
     from cachedb.operations.pull import Pulled as Pulled
     from cachedb.operations.pull import PullPlan as PullPlan
     from cachedb.operations.push import Pushed as Pushed
@@ -79,10 +83,13 @@ _MODULES = {
     "ImageInfo": "cachedb.index.records",
     "ImportedImage": "cachedb.index.records",
     "ImageUsage": "cachedb.reports.usage",
+    "Keep": "cachedb.operations.policy",
     "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",
+    "Limits": "cachedb.operations.policy",
     "Name": "cachedb.oci.names",
     "PlatformInfo": "cachedb.index.records",
+    "Policy": "cachedb.operations.policy",
     "Problem": "cachedb.operations.verify",
     "Progress": "cachedb.progress",
     "PullPlan": "cachedb.operations.pull",
@@ -91,6 +98,7 @@ _MODULES = {
     "RemoteBlob": "cachedb.operations.inspect",
     "RemoteImage": "cachedb.operations.inspect",
     "RemotePlatform": "cachedb.operations.inspect",
+    "Remove": "cachedb.operations.policy",
     "Removed": "cachedb.content.collect",
     "SelectedUsage": "cachedb.reports.usage",
     "SessionInfo": "cachedb.reports.sessions",

@@ -32,7 +32,7 @@ from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
 from cachedb.disk.folders import Leftover
-from cachedb.disk.layout import blob_path, choose_directory
+from cachedb.disk.layout import POLICY_FILE, blob_path, choose_directory
 from cachedb.disk.writer import Data
 from cachedb.errors import (
     CacheError,
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from cachedb.operations.adopt import Adoption, How
     from cachedb.operations.copy import Copied
     from cachedb.operations.inspect import RemoteImage
+    from cachedb.operations.policy import Policy
     from cachedb.operations.pull import Pulled, PullPlan
     from cachedb.operations.push import Pushed
     from cachedb.operations.verify import Verification
@@ -944,7 +945,7 @@ class Cache:
 
         Other processes may keep using the cache. Blobs become reflinks where the file system supports them, else hard
         links, else copies; their digests are verified. The directory becomes a cache only at the end; the next attempt
-        deletes what an interrupted one left. Holds are copied; ``quarantine/`` and ``backups/`` are not.
+        deletes what an interrupted one left. Holds and the policy are copied; ``quarantine/`` and ``backups/`` are not.
 
         Args:
             directory: the directory of the copy, which is created if it is missing.
@@ -962,6 +963,49 @@ class Cache:
         check_paths(directory=directory)
         check_functions(progress=progress)
         return copy(self._database, self._session, choose_directory(directory), verify=verify, progress=progress)
+
+    # Policy
+
+    def get_policy(self) -> Policy:
+        """Return the policy in the cache's ``policy.toml``; an empty one if there is no such file.
+
+        Raises:
+            InvalidPolicy: if it is invalid; the message names the line.
+        """
+        from cachedb.operations.policy import load_policy
+
+        return load_policy(self._database.directory)
+
+    def check_policy(self, text: str, *, source: str = POLICY_FILE) -> Policy:
+        """Parse a policy without installing it, and check that its queries run on this cache.
+
+        Args:
+            text: the policy, in TOML.
+            source: the name of its file, for errors.
+
+        Raises:
+            InvalidPolicy: if it is invalid; the message names the line.
+            CacheError: if a query takes over a minute.
+        """
+        from cachedb.operations.policy import check_policy
+
+        check_text(text=text, source=source)
+        return check_policy(self._database, text, source)
+
+    def set_policy(self, text: str) -> Policy:
+        """Make a text the policy of the cache, in its ``policy.toml``; all processes apply it from now on.
+
+        Args:
+            text: the policy, in TOML.
+
+        Raises:
+            InvalidPolicy: if it is invalid; then nothing changes.
+        """
+        from cachedb.operations.policy import install_policy
+
+        check_text(text=text)
+        check_characters(text=text)
+        return install_policy(self._database, text)
 
     # Registries
 

@@ -23,6 +23,8 @@ WRONG: list[Any] = [None, 3, 1.5, True, b"app:1", ["app:1"], {"app": 1}, object(
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "data": (bytes,),
     "prefix": (str,),
+    "text": (),
+    "source": (),
     "seconds": (type(None), int, float),
     "timeout": (type(None), int, float),
     "parameters": (type(None),),

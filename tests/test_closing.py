@@ -56,6 +56,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "get_stats": (),
     "get_usage": (),
     "verify": (),
+    "get_policy": (),
+    **dict.fromkeys(["check_policy", "set_policy"], ("",)),
     **dict.fromkeys(
         [
             "hold",

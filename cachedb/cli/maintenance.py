@@ -112,7 +112,7 @@ def copy(directory: str, no_verify: bool, form: str, quiet: bool) -> None:
 
     Other processes may keep using the cache; rsync, cp and tar would copy it inconsistently. Blobs become reflinks
     where the file system supports them, else hard links, else copies, and are verified. DIR becomes a cache only at
-    the end; after an interrupt, copy again. Holds are copied; quarantine/ and backups/ are not.
+    the end; after an interrupt, copy again. Holds and the policy are copied; quarantine/ and backups/ are not.
     """
     with open_cache() as cache, show_progress("copying", quiet=quiet) as progress:
         done = cache.copy(directory, verify=not no_verify, progress=progress)

@@ -22,10 +22,11 @@ from sqlalchemy import delete, func, select
 from cachedb.content import publish
 from cachedb.content.session import Hold, Session
 from cachedb.disk import layout, locks, writer
-from cachedb.disk.durable import clone_content, sync_file, sync_folder
+from cachedb.disk.durable import clone_content, copy_to_new, sync_file, sync_folder
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import BLOB_FOLDERS
-from cachedb.disk.layout import UNFINISHED_INDEX, blob_file
+from cachedb.disk.layout import POLICY_FILE, UNFINISHED_INDEX, blob_file
+from cachedb.disk.reader import open_regular
 from cachedb.disk.writer import Readable
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
 from cachedb.index.blobs import read_all_stored_sizes, read_stored_sizes
@@ -85,6 +86,7 @@ def copy(
             _copy_index(database, session, staged, leased)
             wanted, image_count = _clean_index(Database(directory, staged))
             how = _copy_blobs(database.directory, directory, wanted, progress, verify=verify)
+            _copy_policy(database.directory, directory)
         finally:
             for hold in leased:
                 publish.release_after_error(database, session, hold)
@@ -150,6 +152,7 @@ def _check_destination(directory: Path) -> None:
     unknown = set(entries)
     if UNFINISHED_INDEX in entries and _is_leftover(directory / UNFINISHED_INDEX):
         unknown -= {UNFINISHED_INDEX, *(f"{UNFINISHED_INDEX}-{suffix}" for suffix in _SUFFIXES)}
+        unknown -= {POLICY_FILE} if _is_leftover(directory / POLICY_FILE) else set()
         if "blobs" in entries and entries["blobs"].is_dir(follow_symlinks=False):
             unknown.remove("blobs")
     if unknown:
@@ -177,6 +180,7 @@ def _delete_leftovers(directory: Path) -> None:
     _empty_index(directory / UNFINISHED_INDEX)
     for suffix in _SUFFIXES:
         (directory / f"{UNFINISHED_INDEX}-{suffix}").unlink(missing_ok=True)
+    (directory / POLICY_FILE).unlink(missing_ok=True)
     if (directory / "blobs").exists():
         found, strays = layout.list_blob_files(directory)
         if strays:
@@ -254,6 +258,15 @@ def _clean_index(copied: Database) -> tuple[dict[Digest, int], int]:
         raise StorageError(f"{str(copied.path)!r} is in use by another program: close it and copy again")
     sync_file(copied.path)
     return wanted, image_count
+
+
+def _copy_policy(source: Path, target: Path) -> None:
+    folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError), open(source / POLICY_FILE, "rb", opener=open_regular) as file:
+            copy_to_new(file, POLICY_FILE, folder)
+    finally:
+        os.close(folder)
 
 
 def _copy_blobs(

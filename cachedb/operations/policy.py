@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from cachedb.disk.durable import atomic_file, remove_leftovers
-from cachedb.disk.folders import apply_folder_mode
+from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.disk.reader import open_regular
 from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, os_errors
@@ -28,6 +28,7 @@ from cachedb.text import parse_duration, parse_size, shorten
 
 __all__ = [
     "EXPRESSION",
+    "JUST_USED",
     "Keep",
     "Limits",
     "Policy",
@@ -42,6 +43,9 @@ __all__ = [
     "read_policy",
 ]
 
+
+JUST_USED: Final = "10m"
+"""An image that was used within this time is kept, if no rule says another time."""
 
 EXPRESSION: Final = "re:"
 """The start of a regular expression among names."""
@@ -466,12 +470,16 @@ def install_policy(database: Database, text: str) -> Policy:
     policy, data = check_policy(database, text), text.encode()
     if len(data) > _MAX_BYTES:
         raise InvalidPolicy(f"the policy has over {_MAX_BYTES} bytes: shorten it")
-    folders = database.folders
+    # A full disk is a reason to change the policy, so the reserve has room for it.
+    database.reserve.run(lambda: _write_policy(database.folders, data))
+    return policy
+
+
+def _write_policy(folders: Folders, data: bytes) -> None:
     with os_errors("write the policy"):
         folders.check()
-        remove_leftovers(database.directory)
-        with atomic_file(database.directory / POLICY_FILE) as file:
+        remove_leftovers(folders.directory)
+        with atomic_file(folders.directory / POLICY_FILE) as file:
             file.write(data)
             apply_folder_mode(file.fileno(), folders.status)
         os.fsync(folders.root)
-    return policy

@@ -20,11 +20,12 @@ from cachedb import Cache, CacheError, DamagedIndex, DigestMismatch, NotACache, 
 from cachedb.content.session import Session
 from cachedb.disk import locks, marker
 from cachedb.disk.folders import Folders
-from cachedb.disk.layout import UNFINISHED_INDEX
+from cachedb.disk.layout import POLICY_FILE, UNFINISHED_INDEX
 from cachedb.index import drift
 from cachedb.index.sqlite import backups, prepare
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import copy, verify
+from cachedb.operations.policy import Keep
 from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
 from tests.index.test_schema import change_index
 from tests.support import make
@@ -109,6 +110,32 @@ def test_leases_of_processes_and_trash_stay_behind_and_holds_are_copied(cache: C
     assert loose in files_of(target), "a blob stored at the snapshot is missing"
     check(target)
     assert loose not in files_of(target)
+
+
+def test_the_policy_is_copied_and_changes_independently(cache: Cache, target: Path) -> None:
+    cache.set_policy("[[keep]]\nnewest = 3\n")
+    cache.copy(target)
+    cache.set_policy("")
+    with Cache.open(target) as copied:
+        assert copied.get_policy().keep == (Keep(newest=3),)
+    assert (target / POLICY_FILE).stat().st_mode & 0o777 == 0o600
+
+
+def test_the_policy_of_an_interrupted_copy_is_replaced_and_a_foreign_one_is_not(cache: Cache, target: Path) -> None:
+    cache.set_policy("[[keep]]\nnewest = 3\n")
+    target.mkdir()
+    (target / POLICY_FILE).write_text("from an interrupted copy")
+    with pytest.raises(NotACache, match=f"it holds '{POLICY_FILE}'"):
+        cache.copy(target)
+    (target / UNFINISHED_INDEX).touch()
+    (target / POLICY_FILE).rename(target.with_name("elsewhere"))
+    (target / POLICY_FILE).symlink_to(target.with_name("elsewhere"))
+    with pytest.raises(NotACache, match=f"it holds '{POLICY_FILE}'"):
+        cache.copy(target)
+    target.with_name("elsewhere").rename(target / POLICY_FILE)
+    cache.copy(target)
+    with Cache.open(target) as copied:
+        assert copied.get_policy().keep == (Keep(newest=3),)
 
 
 def read_tables(directory: Path) -> dict[str, list[tuple[object, ...]]]:

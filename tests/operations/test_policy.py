@@ -223,6 +223,27 @@ def test_an_installed_policy_applies_and_has_the_mode_of_the_cache(index: Databa
     assert policy.install_policy(index, "") == load_policy(index.directory) == Policy()
 
 
+def test_a_policy_can_be_in_place_before_its_cache(tmp_path: Path) -> None:
+    directory = tmp_path / "new"
+    directory.mkdir()
+    (directory / POLICY_FILE).write_text(EXAMPLE)
+    with Cache.open(directory) as opened:
+        assert opened.get_policy() == MEANING
+
+
+def test_a_policy_outlives_gc_verify_and_a_rebuilt_index(cache: Cache) -> None:
+    cache.set_policy(EXAMPLE)
+    cache.collect_garbage()
+    assert cache.verify(repair=True).problems == []
+    cache.close()
+    (cache.directory / "index.db").unlink()
+    with Cache.open(cache.directory, damaged=True) as damaged:
+        damaged.verify(repair=True)
+    with Cache.open(cache.directory) as opened:
+        assert opened.get_policy() == MEANING
+        assert opened.verify().problems == []
+
+
 def test_an_invalid_policy_is_not_installed(index: Database) -> None:
     policy.install_policy(index, EXAMPLE)
     for wrong in ("[limits]\nx = 3", '[[keep]]\nsql = "SELECT nothing"', "#" * 70_000):
