@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
 from cachedb.content import collect
 from cachedb.content.collect import Collected
-from cachedb.disk.marker import MARKER
-from cachedb.errors import os_errors
+from cachedb.disk.sizes import measure_files
 from cachedb.index.filters import Filters, find_images, parse_wanted
 from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite.database import Database
@@ -81,7 +78,6 @@ SELECT
     sum(NOT is_shared AND NOT is_held), sum(size * (NOT is_shared AND NOT is_held))
 FROM ours
 """
-_FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
 
 
 class Share(NamedTuple):
@@ -171,6 +167,7 @@ def measure_usage(database: Database, *, by_image: bool = False) -> Usage:
         images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
         incomplete = count_incomplete(connection)
         listed = [_make_image_usage(row) for row in connection.exec_driver_sql(_BY_IMAGE_QUERY)] if by_image else []
+    files = measure_files(database.directory)
     return Usage(
         images,
         incomplete,
@@ -180,9 +177,9 @@ def measure_usage(database: Database, *, by_image: bool = False) -> Usage:
         found["held"],
         found["reclaimable"],
         saved_size,
-        sum(map(_measure_file, [*database.directory.glob("index.db*"), database.directory / MARKER])),
-        {name: sum(map(_measure_file, _walk_files(database.directory / name))) for name in _FOLDERS},
-        _measure_file(database.directory / "reserve"),
+        files.index,
+        files.folders,
+        files.reserve,
         listed,
     )
 
@@ -209,20 +206,6 @@ def _make_image_usage(row: Sequence[Any]) -> ImageUsage:
     name, size, unique_size, shared_size, freed_size, complete, last_used_at = row
     used = datetime.fromisoformat(last_used_at)
     return ImageUsage(name, size, unique_size, shared_size, freed_size, bool(complete), used)
-
-
-def _walk_files(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
-        for name in names:
-            yield Path(place, name)
-
-
-def _measure_file(path: Path) -> int:
-    with os_errors("read the cache"):
-        try:
-            return path.lstat().st_size
-        except FileNotFoundError:
-            return 0
 
 
 class Stats(NamedTuple):
