@@ -751,12 +751,7 @@ class Cache:
             The number and bytes of the freed blobs.
         """
         if not dry_run:
-            freed: list[Collected] = []
-            self._database.reserve.run(
-                lambda: freed.extend(collect.collect(self._database)),
-                lambda: freed.extend(collect.collect(self._database, batch=collect.SMALL_BATCH_BLOBS)),
-            )
-            return Collected(sum(part.blobs for part in freed), sum(part.bytes for part in freed))
+            return collect.collect_all(self._database)
         with self._database.read() as connection:
             return collect.sum_unreferenced(connection)
 

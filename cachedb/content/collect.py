@@ -49,10 +49,10 @@ from cachedb.oci.names import Name
 from cachedb.threads import start
 
 __all__ = [
-    "SMALL_BATCH_BLOBS",
     "Collected",
     "Removed",
     "collect",
+    "collect_all",
     "delete_unreferenced",
     "empty_trash",
     "recover",
@@ -61,7 +61,7 @@ __all__ = [
 ]
 
 
-SMALL_BATCH_BLOBS = 16  # blobs to collect at a time on a full disk
+_SMALL_BATCH_BLOBS = 16  # blobs to collect at a time on a full disk
 _LARGE_BATCH_BLOBS = 250  # blobs; a larger batch holds the write lock for too long
 _FEW_FILES = 64  # for so few files, starting threads takes longer than unlinking
 _RECOVERY_SECONDS = 1.0  # the longest recovery when a cache is opened
@@ -177,6 +177,20 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH_BLOBS) -> Iterator[
     if left:
         path, reason = left[0]
         raise StorageError(f"collected all garbage, but cannot unlink {str(path)!r}: {reason}")
+
+
+def collect_all(database: Database) -> Collected:
+    """Remove all unreferenced blobs; return the total. On a full disk, remove them in small batches.
+
+    Raises:
+        StorageError: at the end, if a file cannot be unlinked.
+    """
+    freed: list[Collected] = []
+    database.reserve.run(
+        lambda: freed.extend(collect(database)),
+        lambda: freed.extend(collect(database, batch=_SMALL_BATCH_BLOBS)),
+    )
+    return Collected(sum(part.blobs for part in freed), sum(part.bytes for part in freed))
 
 
 def empty_trash(database: Database) -> list[Leftover]:

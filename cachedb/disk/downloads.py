@@ -7,7 +7,9 @@ import fcntl
 import os
 import stat
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from cachedb.disk import single_flight
 from cachedb.disk.folders import Folders
@@ -15,7 +17,7 @@ from cachedb.disk.layout import partial_digest
 from cachedb.errors import os_errors
 from cachedb.oci.digests import Digest
 
-__all__ = ["claim_key", "find_resumable_bytes", "remove_stale_downloads"]
+__all__ = ["claim_key", "find_resumable_bytes", "remove_stale_downloads", "sum_stale_downloads"]
 
 
 _STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
@@ -85,16 +87,39 @@ def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> 
     """
     found = False
     with os_errors("clean up after a download"), suppress(FileNotFoundError), folders.open("ingest/partial") as partial:
-        for name in os.listdir(partial):
-            digest = partial_digest(name)
-            if digest is None:
-                continue  # not a download of ours
-            with suppress(FileNotFoundError):
-                status = os.stat(name, dir_fd=partial, follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < age:
-                    continue
-                with single_flight.try_claim(folders.directory, claim_key(digest)) as has_claim:
-                    if has_claim:
-                        os.unlink(name, dir_fd=partial)
-                        found = True
+        for name, digest, _ in _list_stale(partial, age):
+            with (
+                suppress(FileNotFoundError),
+                single_flight.try_claim(folders.directory, claim_key(digest)) as has_claim,
+            ):
+                if has_claim:
+                    os.unlink(name, dir_fd=partial)
+                    found = True
     return found
+
+
+def sum_stale_downloads(directory: Path) -> int:
+    """Return the bytes of the partial downloads that `remove_stale_downloads` removes.
+
+    Args:
+        directory: of the cache, which may be read-only.
+    """
+    with os_errors("read the cache"), suppress(FileNotFoundError):
+        partial = os.open(directory / "ingest" / "partial", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return sum(size for _, _, size in _list_stale(partial, _STALE_SECONDS))
+        finally:
+            os.close(partial)
+    return 0
+
+
+def _list_stale(partial: int, age: float) -> Iterator[tuple[str, Digest, int]]:
+    """Yield the name, the digest and the bytes of each partial download that is old enough."""
+    for name in os.listdir(partial):
+        digest = partial_digest(name)
+        if digest is None:
+            continue  # not a download of ours
+        with suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=partial, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime >= age:
+                yield name, digest, status.st_size

@@ -19,14 +19,14 @@ _FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
 class FileSizes(NamedTuple):
     """The bytes of all files of a cache except its blobs."""
 
-    index: int  # the index and the marker
-    folders: dict[str, int]  # by folder; ingest includes interrupted downloads
-    reserve: int  # released when the disk is full
+    index_size: int  # of the index and the marker
+    folder_sizes: dict[str, int]  # by folder; ingest includes interrupted downloads
+    reserve_size: int  # released when the disk is full
 
     @property
-    def total(self) -> int:
+    def total_size(self) -> int:
         """The bytes of all of them."""
-        return self.index + sum(self.folders.values()) + self.reserve
+        return self.index_size + sum(self.folder_sizes.values()) + self.reserve_size
 
 
 class FileSystem(NamedTuple):

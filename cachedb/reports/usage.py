@@ -177,9 +177,9 @@ def measure_usage(database: Database, *, by_image: bool = False) -> Usage:
         found["held"],
         found["reclaimable"],
         saved_size,
-        files.index,
-        files.folders,
-        files.reserve,
+        files.index_size,
+        files.folder_sizes,
+        files.reserve_size,
         listed,
     )
 

@@ -67,7 +67,7 @@ MUTATIONS = [
     Mutation("foreign files in a session's folder stay", "cachedb/content/session.py", "filter(is_received, os.listdir(folder))", "os.listdir(folder)", "tests/disk/test_folders.py tests/content/test_session.py"),
     Mutation("a folder in ingest/ that is no session's stays", "cachedb/content/session.py", 'set(filter(is_session, os.listdir(directory / "ingest")))', 'set(os.listdir(directory / "ingest"))', "tests/disk/test_folders.py"),
     Mutation("a lock file that is no session's stays", "cachedb/content/session.py", 'if lock_kind(name) == "session"', "if name.endswith(_LOCK_SUFFIX)", "tests/disk/test_folders.py"),
-    Mutation("a file in partial/ that is no download stays", "cachedb/disk/downloads.py", "            if digest is None:\n                continue  # not a download of ours\n", "", "tests/disk/test_folders.py"),
+    Mutation("a file in partial/ that is no download stays", "cachedb/disk/downloads.py", "        if digest is None:\n            continue  # not a download of ours\n", "", "tests/disk/test_folders.py"),
     Mutation("a link is not taken for a download", "cachedb/disk/downloads.py", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK", "tests/operations/test_pull.py -k put_in_the_place_of_a_download"),
     Mutation("a pipe is not taken for a download", "cachedb/disk/downloads.py", "stat.S_ISREG(found.st_mode) and ", "", "tests/operations/test_pull.py -k put_in_the_place_of_a_download"),
     Mutation("a blob is not written through a link", "cachedb/disk/writer.py", "os.O_CREAT | os.O_NOFOLLOW", "os.O_CREAT", "tests/operations/test_pull.py -k at_the_last_moment"),
