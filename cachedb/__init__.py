@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     from cachedb.operations.policy import Limits as Limits
     from cachedb.operations.policy import Policy as Policy
     from cachedb.operations.policy import Remove as Remove
+    from cachedb.operations.prune import Explanation as Explanation
+    from cachedb.operations.prune import KeptImage as KeptImage
+    from cachedb.operations.prune import Plan as Plan
+    from cachedb.operations.prune import PlannedImage as PlannedImage
+    from cachedb.operations.prune import Pruned as Pruned
     from cachedb.operations.pull import Pulled as Pulled
     from cachedb.operations.pull import PullPlan as PullPlan
     from cachedb.operations.push import Pushed as Pushed
@@ -77,21 +82,26 @@ _MODULES = {
     "Copied": "cachedb.operations.copy",
     "Data": "cachedb.disk.writer",
     "Digest": "cachedb.oci.digests",
+    "Explanation": "cachedb.operations.prune",
     "Filters": "cachedb.index.filters",
     "HoldInfo": "cachedb.index.holds",
     "ImageDetails": "cachedb.index.records",
     "ImageInfo": "cachedb.index.records",
-    "ImportedImage": "cachedb.index.records",
     "ImageUsage": "cachedb.reports.usage",
+    "ImportedImage": "cachedb.index.records",
     "Keep": "cachedb.operations.policy",
+    "KeptImage": "cachedb.operations.prune",
     "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",
     "Limits": "cachedb.operations.policy",
     "Name": "cachedb.oci.names",
+    "Plan": "cachedb.operations.prune",
+    "PlannedImage": "cachedb.operations.prune",
     "PlatformInfo": "cachedb.index.records",
     "Policy": "cachedb.operations.policy",
     "Problem": "cachedb.operations.verify",
     "Progress": "cachedb.progress",
+    "Pruned": "cachedb.operations.prune",
     "PullPlan": "cachedb.operations.pull",
     "Pulled": "cachedb.operations.pull",
     "Pushed": "cachedb.operations.push",

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from cachedb.operations.copy import Copied
     from cachedb.operations.inspect import RemoteImage
     from cachedb.operations.policy import Policy
+    from cachedb.operations.prune import Explanation, Plan, PlannedImage, Pruned
     from cachedb.operations.pull import Pulled, PullPlan
     from cachedb.operations.push import Pushed
     from cachedb.operations.verify import Verification
@@ -754,6 +755,87 @@ class Cache:
             return collect.collect_all(self._database)
         with self._database.read() as connection:
             return collect.sum_unreferenced(connection)
+
+    def plan_prune(self, policy: Policy | None = None, *, to_free: int | None = None) -> Plan:
+        """Plan what `prune` would remove now; nothing is removed, and no lock is held.
+
+        Rules remove images first, in their order. Then the limits remove the least recently used images, and no more
+        of them than they need. What a rule keeps, and what a hold, a process or a use in the last 10 minutes keeps,
+        always stays.
+
+        Args:
+            policy: the rules and limits; None for those in the file ``policy.toml`` of the cache.
+            to_free: bytes to free in any case, garbage included.
+
+        Raises:
+            InvalidPolicy: if the policy is invalid.
+            InvalidQuery: if the query of a rule is invalid.
+        """
+        from cachedb.operations.policy import load_policy
+        from cachedb.operations.prune import check_arguments, make_plan
+
+        check_arguments(policy, to_free)
+        self._uses.write()
+        return make_plan(self._database, load_policy(self.directory) if policy is None else policy, to_free=to_free)
+
+    def prune(
+        self,
+        policy: Policy | None = None,
+        *,
+        to_free: int | None = None,
+        plan: Sequence[PlannedImage] | None = None,
+        progress: Progress | None = None,
+    ) -> Pruned:
+        """Collect garbage, then remove the images that a policy removes. One process prunes at a time.
+
+        An image that was used, moved or held since it was planned stays. Other processes can write between two
+        batches.
+
+        Args:
+            policy: as for `plan_prune`.
+            to_free: as for `plan_prune`.
+            plan: the images to remove, of an earlier `plan_prune`; then ``policy`` and ``to_free`` have no effect.
+            progress: called with the bytes that the images have freed so far, and that they free in all.
+
+        Returns:
+            The removed images, those that stayed, and what was freed.
+
+        Raises:
+            InvalidPolicy: if the policy is invalid.
+            InvalidQuery: if the query of a rule is invalid.
+            Busy: if another process prunes for too long.
+        """
+        from cachedb.operations.policy import Policy, load_policy
+        from cachedb.operations.prune import check_arguments, prune
+
+        check_arguments(policy, to_free, plan)
+        check_functions(progress=progress)
+        self._uses.write()
+        if policy is None:
+            policy = load_policy(self.directory) if plan is None else Policy()
+        return prune(self._database, policy, to_free=to_free, plan=plan, progress=progress)
+
+    def explain_prune(
+        self, name: str | Name, policy: Policy | None = None, *, to_free: int | None = None
+    ) -> Explanation:
+        """Return what keeps an image, or what would remove it now; its text is one sentence.
+
+        Args:
+            name: of the image.
+            policy: as for `plan_prune`.
+            to_free: as for `plan_prune`.
+
+        Raises:
+            NotInCache: if there is no such image.
+            InvalidPolicy: if the policy is invalid.
+        """
+        from cachedb.operations.policy import load_policy
+        from cachedb.operations.prune import check_arguments, explain
+
+        check_arguments(policy, to_free)
+        self._uses.write()
+        policy = load_policy(self.directory) if policy is None else policy
+        return explain(self._database, policy, name, to_free=to_free)
 
     def get_labels(self, name: str | Name) -> dict[str, str]:
         """Return the labels in an image's config; for several platforms, those that all configs share.

@@ -43,6 +43,9 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "media_type": (type(None),),
     "filters": (type(None),),
     "export.name": (list,),
+    "policy": (type(None),),
+    "to_free": (type(None), int, float),
+    "plan": (type(None),),
 }
 FLAGS = {
     "stream",
@@ -77,7 +80,7 @@ def test_an_argument_of_a_wrong_type_is_refused(cache: Cache, tmp_path: Path, me
     make.save(cache, "app:1", make.image(1))
     signature = inspect.signature(getattr(Cache, method))
     for wrong in WRONG:
-        is_bool = type(wrong) is bool and parameter in ("seconds", "timeout")
+        is_bool = type(wrong) is bool and parameter in ("seconds", "timeout", "to_free")
         accepted = ACCEPTED.get(f"{method}.{parameter}", ACCEPTED.get(parameter, ()))
         if isinstance(wrong, accepted) and not is_bool:
             continue

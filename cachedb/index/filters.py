@@ -32,11 +32,14 @@ __all__ = [
     "complete_name",
     "find_images",
     "has_short_digest",
+    "is_like",
     "is_pattern",
+    "is_repository_like",
     "narrow",
     "parse_filters",
     "parse_wanted",
     "rename_all",
+    "subtract_seconds",
 ]
 
 
@@ -126,7 +129,7 @@ def _parse_time(value: str, text: str) -> datetime:
     """Return the time of an age such as 24h, or of an ISO date or time, in UTC unless it says otherwise."""
     seconds = parse_duration(value)
     if seconds is not None:
-        return _subtract_seconds(seconds)
+        return subtract_seconds(seconds)
     try:
         found = datetime.fromisoformat(value)
     except ValueError:
@@ -140,7 +143,7 @@ def _make_aware(time: datetime) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _subtract_seconds(seconds: float) -> datetime:
+def subtract_seconds(seconds: float) -> datetime:
     """Return the time some seconds ago; the first time of all if that is too long ago."""
     try:
         return datetime.now(UTC) - timedelta(seconds=seconds)
@@ -268,7 +271,7 @@ def _is_wanted(
     patterns = [str(text) for text in wanted if is_pattern(text)]
     if len(patterns) > _PATTERNS_LIMIT:
         raise InvalidQuery(f"there are {len(patterns)} patterns: give at most {_PATTERNS_LIMIT}")
-    matches = [_is_like(pattern) for pattern in patterns]
+    matches = [is_like(pattern) for pattern in patterns]
     if not ignore_missing:
         for pattern, is_match in zip(patterns, matches, strict=True):
             if connection.execute(select(IMAGES.c.id).where(is_match).limit(1)).first() is None:
@@ -296,9 +299,19 @@ def _find_named(connection: Connection, text: str | Name, *, exact: bool, ignore
         raise
 
 
-def _is_like(pattern: str) -> ColumnElement[bool]:
+def is_like(pattern: str) -> ColumnElement[bool]:
+    """Return the condition that a pattern matches the whole name of an image."""
+    return _matches(_name(), pattern)
+
+
+def is_repository_like(pattern: str) -> ColumnElement[bool]:
+    """Return the condition that a pattern matches the whole repository of an image."""
+    return _matches(IMAGES.c.repository, pattern)
+
+
+def _matches(column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
     # SQLite's GLOB negates a set with ^, and its * also matches a slash.
-    return _name().op("GLOB", is_comparison=True)(pattern.replace("[!", "[^"))
+    return column.op("GLOB", is_comparison=True)(pattern.replace("[!", "[^"))
 
 
 # Building an expression takes longer than executing it, and most commands need none. So each is built at its first use.
@@ -321,7 +334,7 @@ def build_conditions(connection: Connection, filters: Filters) -> list[ColumnEle
     conditions = [_has_label(key, value) for key, value in filters.labels]
     conditions += [_is_for_platform(connection, platform) for platform in filters.platforms]
     if filters.unused_for is not None:
-        conditions.append(IMAGES.c.last_used_at <= _subtract_seconds(filters.unused_for))
+        conditions.append(IMAGES.c.last_used_at <= subtract_seconds(filters.unused_for))
     if filters.added_before is not None:
         conditions.append(IMAGES.c.added_at < _make_aware(filters.added_before))
     if filters.base is not None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cachedb import Cache, CacheError
+from cachedb import Cache, CacheError, Keep, Policy, Remove
 from cachedb.operations.restore import restore as restore_backup
 from cachedb.operations.upgrade import back_up
 from cachedb.operations.upgrade import downgrade as downgrade_schema
@@ -58,6 +58,19 @@ def cache(directory: Path) -> None:
         save(cache, "gone:1", GONE)
         cache.add_blob(LOOSE)
     make.write(directory / "new.tar", make.oci_files({"new:1": NEW}))
+
+
+def used_long_ago(directory: Path) -> None:
+    """Make a cache whose images were last used long ago; `KEPT` is held."""
+    cache(directory)
+    with Cache.open(directory / "cache") as opened:
+        opened.add_hold("kept:1")
+        opened.tag("gone:1", "gone:2")
+        save(opened, "gone:3", NEW)
+    shell = sqlite3.connect(directory / "cache" / "index.db")
+    shell.execute("UPDATE images SET last_used_at = '2026-01-01T00:00:00.000000Z'")
+    shell.commit()
+    shell.close()
 
 
 def old_cache(directory: Path) -> None:
@@ -154,6 +167,14 @@ def collect(directory: Path) -> None:
         cache.collect_garbage()
 
 
+def prune(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        # The check of a cache uses its images, which must not keep them.
+        policy = Policy(keep=(Keep(used_within=0.001),), remove=(Remove(names=("gone:2",)),))
+        cache.prune(policy, to_free=1 << 40)
+        assert cache.list_names() == ["kept:1"]
+
+
 def hold(directory: Path) -> None:
     with Cache.open(directory / "cache") as cache:
         for found in cache.list_holds():
@@ -242,6 +263,7 @@ OPERATIONS = {
     "tag": Operation(cache, tag),
     "remove": Operation(cache, remove),
     "collect": Operation(cache, collect),
+    "prune": Operation(used_long_ago, prune),
     "hold": Operation(cache, hold),
     "export": Operation(cache, export),
     "export a folder": Operation(cache, export_folder),
