@@ -24,8 +24,8 @@ from cachedb.cli.options import (
 from cachedb.cli.output import print_json, print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
-from cachedb.cli.streams import get_stdout, read_text
-from cachedb.errors import CacheError, InvalidQuery, explain
+from cachedb.cli.streams import get_stdout, read_text, write_text
+from cachedb.errors import CacheError, InvalidQuery
 from cachedb.text import printable
 
 if TYPE_CHECKING:
@@ -334,15 +334,7 @@ def _write_page(file: str) -> None:
         get_stdout()  # fail before the work if stdout is closed
     with open_cache() as cache, _use_idle_priority():
         page = cache.get_html_report()
-    try:
-        if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
-            _write_atomically(file, page)
-        else:  # write into a device, a fifo or stdout instead of replacing it
-            with click.open_file(file, "w", encoding="utf-8") as opened:
-                opened.write(page)
-    except OSError as error:
-        error.filename = None  # it may name the temporary file
-        raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+    write_text(file, page)
 
 
 def _list_reports(form: str, *, header: bool) -> None:
@@ -370,19 +362,3 @@ def _list_reports(form: str, *, header: bool) -> None:
         columns = ("report", "description", "parameters", "path")
         rows = [(entry.name, entry.description, " ".join(map(str, entry.parameters)), entry.path) for entry in found]
     print_rows(columns, rows, form, header=header)
-
-
-def _write_atomically(file: str, text: str) -> None:
-    """Replace a file by one with this text, or leave it unchanged on failure."""
-    from pathlib import Path
-
-    from cachedb.disk.durable import atomic_file, remove_leftovers
-
-    path = Path(os.path.realpath(file))
-    remove_leftovers(path.parent)
-    with atomic_file(path) as new:
-        rest = memoryview(text.encode())
-        while rest:
-            rest = rest[new.write(rest) :]
-        with suppress(FileNotFoundError):
-            os.fchmod(new.fileno(), path.stat().st_mode & 0o777)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import IO
 
 import click
 
-__all__ = ["closed_streams", "discard_output", "get_stdin", "get_stdout", "open_standard_files", "read_text"]
+from cachedb.errors import explain
+
+__all__ = [
+    "closed_streams",
+    "discard_output",
+    "get_stdin",
+    "get_stdout",
+    "open_standard_files",
+    "read_text",
+    "write_text",
+]
 
 
 closed_streams: set[str] = set()  # those of "stdin", "stdout" and "stderr" that were closed at the start
@@ -53,6 +64,40 @@ def read_text(file: str, what: str) -> str:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise click.UsageError(f"cannot read {file!r}: {reason}") from error
+
+
+def write_text(file: str, text: str) -> None:
+    """Write a text to a new file that replaces an existing one; raise a usage error if it cannot be written.
+
+    Args:
+        file: the path, or ``-`` for stdout. A device or a fifo is written to instead of being replaced.
+        text: the text.
+    """
+    try:
+        if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
+            _write_atomically(file, text)
+        else:
+            with click.open_file(file, "w", encoding="utf-8") as opened:
+                opened.write(text)
+    except OSError as error:
+        error.filename = None  # it may name the temporary file
+        raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+
+
+def _write_atomically(file: str, text: str) -> None:
+    """Replace a file by one with this text, or leave it unchanged on failure."""
+    from pathlib import Path
+
+    from cachedb.disk.durable import atomic_file, remove_leftovers
+
+    path = Path(os.path.realpath(file))
+    remove_leftovers(path.parent)
+    with atomic_file(path) as new:
+        rest = memoryview(text.encode())
+        while rest:
+            rest = rest[new.write(rest) :]
+        with suppress(FileNotFoundError):
+            os.fchmod(new.fileno(), path.stat().st_mode & 0o777)
 
 
 def get_stdout() -> IO[bytes]:
