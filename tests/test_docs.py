@@ -51,8 +51,14 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def examples_of(page: Path) -> list[Block]:
-    """Return the examples of a page: blocks of console or Python without the mark `no-test`."""
-    return [block for block in blocks(page) if block.language in ("console", "python") and "no-test" not in block.marks]
+    """Return the examples of a page: console and Python without the mark `no-test`, and files with `file=NAME`."""
+    found = (block for block in blocks(page) if block.language in ("console", "python") or named_file(block))
+    return [block for block in found if "no-test" not in block.marks]
+
+
+def named_file(block: Block) -> str | None:
+    """Return the name of the file that a block is."""
+    return next((mark.removeprefix("file=") for mark in block.marks if mark.startswith("file=")), None)
 
 
 @pytest.fixture
@@ -85,6 +91,9 @@ def test_the_examples_of_a_page_print_the_output_that_it_shows(name: str) -> Non
     names: dict[str, Any] = {}
     for block in examples_of(page):
         where = f"docs/{name}:{block.line}"
+        if file := named_file(block):
+            Path(file).write_text(block.text)
+            continue
         if block.language == "python":
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
@@ -263,6 +272,7 @@ def test_the_output_of_commands_fits_the_json_reference(place: Path) -> None:
     (place / "cache" / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")  # a problem for `verify`
     arguments = {
         "import": "examples/hello.oci.tar", "show": "hello:1", "rm": "--dry-run hello:1", "gc": "--dry-run",
+        "prune": "--max-size 1TB",
         "adopt": str(old), "copy": "copy", "hold": "hello:1 --for 2h", "df": "-v", "db downgrade": "0004",
         "db backup": "spare.db", "db restore": "backup.db", "report": "--list",
     }  # fmt: skip
@@ -282,12 +292,14 @@ def test_the_json_reference_has_the_fields_of_the_result_types() -> None:
     types: dict[str, Any] = {
         "Image": cachedb.ImageInfo, "Blob": cachedb.BlobInfo, "Platform": cachedb.PlatformInfo, "Push": cachedb.Pushed,
         "Problem": cachedb.Problem, "Leftover": cachedb.Leftover, "Session": cachedb.SessionInfo,
-        "Activity": cachedb.Activity, "Omission": cachedb.LeftOut,
+        "Activity": cachedb.Activity, "Omission": cachedb.LeftOut, "Plan": cachedb.Plan, "Pruned": cachedb.Pruned,
+        "Planned image": cachedb.PlannedImage, "Skipped image": cachedb.KeptImage, "Explanation": cachedb.Explanation,
     }  # fmt: skip
     described = shapes()
     fields = {name: one._fields for name, one in types.items()}
     fields["Image"] = ("name", *fields["Image"], "platform", "created_at")
     fields["Push"] = (*fields["Push"], "size")
+    fields["Plan"] = (*fields["Plan"], "missing_size")
     assert {name: tuple(described[name]) for name in types} == fields
 
 

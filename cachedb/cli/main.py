@@ -127,6 +127,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
     "Maintenance": {
         "init": "maintenance",
         "gc": "maintenance",
+        "prune": "prune",
         "policy": "prune",
         "verify": "maintenance",
         "adopt": "maintenance",

@@ -1,25 +1,349 @@
-"""Define the commands that keep a cache within bounds: policy."""
+"""Define the commands that keep a cache within bounds: prune, policy."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
 from cachedb.cli.context import cache_directory, open_cache
-from cachedb.cli.options import format_examples
-from cachedb.cli.streams import read_text
+from cachedb.cli.fields import Field, print_records
+from cachedb.cli.options import (
+    NAME,
+    DurationParameter,
+    Output,
+    SizeParameter,
+    format_examples,
+    format_option,
+    quiet_option,
+)
+from cachedb.cli.output import print_json, to_json
+from cachedb.cli.progress import show_progress
+from cachedb.cli.streams import read_text, write_text
 from cachedb.disk.layout import POLICY_FILE
-from cachedb.errors import CacheError, InvalidPolicy, NotInCache
+from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, NotInCache
+from cachedb.text import format_age, format_size, parse_size, shorten_digest
 
 if TYPE_CHECKING:
-    from cachedb.operations.policy import Policy
+    from cachedb.cache import Cache
+    from cachedb.operations.policy import Policy, Remove
+    from cachedb.operations.prune import Plan, PlannedImage, Pruned
+
+    _Parameter = click.ParamType[str]
+else:
+    _Parameter = click.ParamType
 
 __all__ = []
 
+
+# prune
+
+
+class _PercentageParameter(_Parameter):
+    """A percentage such as 90%, converted to a fraction; or a size, if that is allowed."""
+
+    def __init__(self, name: str, *, or_size: bool = False) -> None:
+        self.name, self._or_size = name, or_size
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        from cachedb.operations.policy import parse_fraction
+
+        fraction = parse_fraction(value)
+        if self._or_size:
+            found = parse_size(value) if fraction is None else fraction
+            if found is None:
+                self.fail(f"{value!r} is neither a percentage nor a size: write it as in 15% or 20GB", param, ctx)
+            return found
+        if not fraction:
+            self.fail(f"{value!r} is not a percentage: write it as in 90%", param, ctx)
+        return fraction
+
+
+class _Wishes(NamedTuple):
+    """What the options say."""
+
+    max_size: int | None = None  # bytes
+    min_free: int | float | None = None  # bytes, or a fraction
+    down_to: float | None = None  # a fraction
+    unused_for: int | None = None  # seconds
+    added_before: int | None = None  # seconds
+    conditions: tuple[str, ...] = ()  # of --filter
+    keep: tuple[str, ...] = ()
+    newest: int | None = None
+    to_free: int | None = None  # bytes
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is any option."""
+        return any(wish not in (None, ()) for wish in self)
+
+
+@click.command(
+    epilog=format_examples(
+        "cachedb prune --dry-run",
+        "cachedb prune --max-size 200GB --min-free 15%",
+        "cachedb prune --unused-for 7d --newest 2 --keep 'base/*'",
+        "cachedb prune --plan plan.json && cachedb prune --apply plan.json",
+        "cachedb prune --explain app:1",
+    )
+)
+@click.option("--max-size", metavar="SIZE", type=SizeParameter(), help="The most bytes of all files of the cache.")
+@click.option(
+    "--min-free",
+    metavar="PERCENT|SIZE",
+    type=_PercentageParameter("percentage or size", or_size=True),
+    help="The least free space of the file system.",
+)
+@click.option(
+    "--down-to",
+    metavar="PERCENT",
+    type=_PercentageParameter("percentage"),
+    help="If the cache exceeds --max-size, go down to this part of it.  [default: 100%]",
+)
+@click.option("--to-free", metavar="SIZE", type=SizeParameter(), help="Free at least so many bytes now.")
+@click.option(
+    "--unused-for", metavar="TIME", type=DurationParameter(), help="Remove images that were not used for TIME."
+)
+@click.option(
+    "--added-before", metavar="TIME", type=DurationParameter(), help="Remove images whose names came here before TIME."
+)
+@click.option(
+    "--filter",
+    "conditions",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Remove images with label=KEY[=VALUE] or platform=[OS/]ARCH, or that are incomplete; repeatable.",
+)
+@click.option(
+    "--keep",
+    metavar="NAME|PATTERN",
+    multiple=True,
+    help="Keep images with this name, or that match a pattern or re:EXPRESSION; repeatable.",
+)
+@click.option("--newest", metavar="N", type=click.IntRange(min=1), help="Keep the newest N images of each repository.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing; print the plan.")
+@click.option("--explain", metavar="NAME", type=NAME, help="Print what keeps an image, or what would remove it.")
+@click.option("--plan", "plan_file", metavar="FILE", type=click.Path(), help="Remove nothing; write the plan to FILE.")
+@click.option(
+    "--apply",
+    "applied_file",
+    metavar="FILE",
+    type=click.Path(),
+    help="Remove what the plan in FILE says, except images that were used or replaced since; - reads stdin.",
+)
+@format_option
+@quiet_option("the names of the removed images")
+def prune(
+    dry_run: bool,
+    explain: str | None,
+    plan_file: str | None,
+    applied_file: str | None,
+    form: str,
+    quiet: bool,
+    **options: Any,  # noqa: ANN401 - those of `_Wishes`
+) -> None:
+    """Remove images by the policy of the cache and by the options, and as few as its limits require.
+
+    Images that rules select go first. Then the least recently used go, until the limits hold. Each limit of the options
+    replaces that of the policy. --unused-for, --added-before and --filter are one rule: an image must fulfil all of
+    them. This rule replaces the rules of the policy that remove. --keep and --newest add to its rules that keep.
+
+    What is kept always stays, and so do images that are held, in use, or were used in the last 10 minutes. The exit
+    code is 1 if the limits cannot be met.
+    """
+    wishes = _Wishes(**options)
+    modes = {"--dry-run": dry_run, "--explain": explain, "--plan": plan_file, "--apply": applied_file}
+    chosen = [name for name, value in modes.items() if value]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{chosen[0]} and {chosen[1]} exclude each other: give one of them")
+    if applied_file is not None:
+        if wishes.are_given:
+            raise click.UsageError("--apply removes what the plan says: give the other options to --plan")
+        _apply(applied_file, form, quiet=quiet)
+        return
+    with open_cache() as cache:
+        policy = _merge(cache.get_policy(), wishes)
+        if explain is not None:
+            with _naming_lines(cache):
+                found = cache.explain_prune(explain, policy, to_free=wishes.to_free)
+            if form == "json":
+                planned = None if found.planned is None else _describe_planned(found.planned)
+                print_json({**found._asdict(), "name": str(found.name), "planned": planned})
+            else:
+                click.echo(str(found))
+            return
+        _check_purpose(policy, wishes)
+        with _naming_lines(cache):
+            if dry_run or plan_file is not None:
+                _print_plan(cache.plan_prune(policy, to_free=wishes.to_free), form, plan_file, quiet=quiet)
+            else:
+                with show_progress("pruning", quiet=quiet) as progress:
+                    pruned = cache.prune(policy, to_free=wishes.to_free, progress=progress)
+                _print_pruned(pruned, policy, form, quiet=quiet)
+
+
+def _merge(policy: Policy, wishes: _Wishes) -> Policy:
+    """Return the policy of the cache, changed by the options."""
+    from cachedb.operations.policy import Keep, parse_name_or_pattern
+
+    limits = {name: getattr(wishes, name) for name in ("max_size", "min_free", "down_to")}
+    merged = policy.limits._replace(**{name: limit for name, limit in limits.items() if limit is not None})
+    if wishes.down_to is not None and merged.max_size is None:
+        raise click.UsageError("--down-to is a part of --max-size, which is missing: add --max-size")
+    keep = policy.keep
+    if wishes.keep:
+        try:
+            keep += (Keep(names=tuple(map(parse_name_or_pattern, wishes.keep))),)
+        except ValueError as error:
+            raise click.UsageError(f"--keep: {error}") from None
+    if wishes.newest is not None:
+        keep += (Keep(newest=wishes.newest),)
+    rule = _make_rule(wishes)
+    return policy._replace(limits=merged, keep=keep, remove=policy.remove if rule is None else (rule,))
+
+
+def _make_rule(wishes: _Wishes) -> Remove | None:
+    """Return the rule that the options make; None if they make none."""
+    from cachedb.index.filters import parse_filters
+    from cachedb.operations.policy import Remove
+
+    durations = {"unused-for": wishes.unused_for, "added-before": wishes.added_before}
+    texts = [f"{key}={seconds}s" for key, seconds in durations.items() if seconds is not None]
+    filters = parse_filters([*texts, *wishes.conditions])
+    if not filters.has_conditions:
+        return None
+    if filters.base is not None or filters.digest is not None or len(filters.platforms) > 1:
+        raise click.UsageError("--filter takes neither base, digest nor several platforms: write a rule with sql")
+    age = None if filters.added_before is None else (datetime.now(UTC) - filters.added_before).total_seconds()
+    return Remove(
+        labels=filters.labels,
+        platform=filters.platforms[0] if filters.platforms else None,
+        unused_for=filters.unused_for,
+        added_before=age,
+        incomplete=filters.incomplete,
+    )
+
+
+def _check_purpose(policy: Policy, wishes: _Wishes) -> None:
+    """Fail with a usage error if nothing says what to remove."""
+    if policy.limits.max_size is policy.limits.min_free is wishes.to_free is None and not policy.remove:
+        raise click.UsageError(
+            "nothing says what to remove: give --max-size, --min-free, --to-free, --unused-for, --added-before or "
+            "--filter, or write a policy with `cachedb policy edit`"
+        )
+
+
+@contextmanager
+def _naming_lines(cache: Cache) -> Iterator[None]:
+    """Name the line of the policy if the block raises an error for a query."""
+    from cachedb.operations.policy import read_policy
+
+    try:
+        yield
+    except InvalidQuery:
+        cache.check_policy(read_policy(cache.directory) or "")
+        raise
+
+
+def _apply(file: str, form: str, *, quiet: bool) -> None:
+    from cachedb.operations.plan_file import parse_plan
+
+    planned = parse_plan(read_text(file, "the plan"), repr(file))
+    with open_cache() as cache:
+        policy = cache.get_policy()  # for the summary; if it is invalid, nothing is removed
+        with show_progress("pruning", quiet=quiet) as progress:
+            pruned = cache.prune(plan=planned, progress=progress)
+        _print_pruned(pruned, policy, form, quiet=quiet)
+
+
+_PLAN_FIELDS: Final = (
+    Field("name", "name"),
+    Field("digest", "digest", shorten_digest, place=2),
+    Field("last_used_at", "last used", format_age),
+    Field("size", "size", format_size, right=True),
+    Field("freed_size", "freed", format_size, right=True),
+    Field("total_freed_size", "in all", format_size, right=True),
+    Field("rule", "rule"),
+)
+
+
+def _describe_planned(image: PlannedImage) -> dict[str, Any]:
+    return {**image._asdict(), "name": str(image.name)}
+
+
+def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None:
+    images = list(map(_describe_planned, plan.images))
+    document = {**plan._asdict(), "images": images, "missing_size": plan.missing_size}
+    if file is not None:
+        write_text(file, f"{_format_json(document)}\n")
+    if form == "json":
+        print_json(document)
+    elif quiet:
+        _print_names(image.name for image in plan.images)
+    else:
+        if images and file is None:
+            print_records(images, _PLAN_FIELDS, Output("table", (), has_heading=True))
+            click.echo()
+        click.echo(f"would prune {_describe_freed(len(images), plan.garbage_size + plan.freed_size)}")
+    _check_missing(plan.missing_size, plan.kept_sizes)
+
+
+def _print_pruned(pruned: Pruned, policy: Policy, form: str, *, quiet: bool) -> None:
+    freed_size = pruned.garbage.bytes + pruned.freed_size
+    if form == "json":
+        images = [{"name": str(name)} for name in pruned.images]
+        skipped = [{"name": str(image.name), "reason": image.reason} for image in pruned.skipped]
+        garbage = {"blobs": pruned.garbage.blobs, "size": pruned.garbage.bytes}
+        kept = dict(pruned.kept_sizes)
+        document = {"images": images, "skipped": skipped, "garbage": garbage, "kept_sizes": kept}
+        print_json({**pruned._asdict(), **document})
+    elif quiet:
+        _print_names(pruned.images)
+    else:
+        for image in pruned.skipped:
+            click.echo(f"skipped {image.name}: {image.reason}", err=True)
+        limit = policy.limits.max_size
+        used = format_size(pruned.used_size) + (f" of {format_size(limit)}" if limit is not None else "")
+        click.echo(f"pruned {_describe_freed(len(pruned.images), freed_size)}; {used} used")
+    _check_missing(pruned.missing_size, pruned.kept_sizes)
+
+
+def _format_json(document: object) -> str:
+    import json
+
+    return json.dumps(document, indent=2, default=to_json)
+
+
+def _print_names(names: Iterable[object]) -> None:
+    click.echo("".join(f"{name}\n" for name in names), nl=False)
+
+
+def _describe_freed(images: int, size: int) -> str:
+    return f"{_count(images, 'image')}, {format_size(size)}"
+
+
+def _check_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> None:
+    """Raise if the limits cannot be met.
+
+    Raises:
+        CacheError: with what keeps the space.
+    """
+    if missing_size:
+        largest = sorted(kept_sizes.items(), key=lambda pair: -pair[1])
+        kept = ", ".join(f"{reason} {format_size(size)}" for reason, size in largest if size)
+        raise CacheError(
+            f"cannot free {format_size(missing_size)} more; the space is kept by: {kept}: change the policy, or "
+            "release holds"
+        )
+
+
+# policy
 
 _TEMPLATE = """\
 # What to keep and what to remove. Delete the # in front of the lines that you need.
@@ -38,7 +362,7 @@ _TEMPLATE = """\
 """
 
 
-@click.group()
+@click.group(epilog=format_examples("cachedb policy edit", "cachedb policy show"))
 def policy() -> None:
     """Show, check and edit the policy of the cache: what to keep, what to remove, and the limits of its size.
 
@@ -49,7 +373,8 @@ def policy() -> None:
 @policy.command("show", epilog=format_examples("cachedb policy show"))
 def policy_show() -> None:
     """Print the policy that applies, in TOML, with the default rule that keeps images just used."""
-    from cachedb.operations.policy import JUST_USED, format_policy, load_policy
+    from cachedb.operations.policy import Keep, Policy, format_policy, load_policy
+    from cachedb.operations.prune import RECENT_SECONDS
 
     directory = cache_directory()
     found = load_policy(directory)
@@ -59,8 +384,9 @@ def policy_show() -> None:
         click.echo(f"# there is no {POLICY_FILE}: `cachedb policy edit` writes one")
     if text := format_policy(found):
         click.echo(f"\n{text}", nl=False)
-    if not any(rule.used_within is not None for rule in found.keep):
-        click.echo(f'\n[[keep]]  # the default, without another used-within\nused-within = "{JUST_USED}"')
+    if all(rule.used_within is None for rule in found.keep):
+        default = format_policy(Policy(keep=(Keep(used_within=RECENT_SECONDS),)))
+        click.echo(f"\n# the default, without another used-within\n{default}", nl=False)
 
 
 @policy.command("check", epilog=format_examples("cachedb policy check", "cachedb policy check ./policy.toml"))

@@ -28,7 +28,6 @@ from cachedb.text import parse_duration, parse_size, shorten
 
 __all__ = [
     "EXPRESSION",
-    "JUST_USED",
     "Keep",
     "Limits",
     "Policy",
@@ -43,9 +42,6 @@ __all__ = [
     "read_policy",
 ]
 
-
-JUST_USED: Final = "10m"
-"""An image that was used within this time is kept, if no rule says another time."""
 
 EXPRESSION: Final = "re:"
 """The start of a regular expression among names."""

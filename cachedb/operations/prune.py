@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, or_, select
@@ -131,6 +132,9 @@ class Pruned(NamedTuple):
     blobs: int  # that the images freed
     freed_size: int  # bytes of those
     garbage: Collected = Collected(0, 0)  # what was freed before the images
+    used_size: int = 0  # bytes of all files of the cache afterwards
+    missing_size: int = 0  # bytes that the limits require, but that were not freed
+    kept_sizes: Mapping[str, int] = MappingProxyType({})  # bytes that nothing may free: see `Plan`
 
 
 # Checking
@@ -428,9 +432,22 @@ def prune(
     database.folders.check()  # a cache that can only be read fails here
     with single_flight.claim_or_find(database.directory, "prune", lambda: None, seconds=database.wait_seconds):
         if plan is None:  # before the collection, because garbage counts as freed
-            plan = database.reserve.run(lambda: make_plan(database, policy, to_free=to_free)).images
+            made = database.reserve.run(lambda: make_plan(database, policy, to_free=to_free))
+        else:
+            made = Plan(list(plan), 0, 0, 0, {})
         garbage = collect.collect_all(database)
-        return apply_plan(database, plan, progress)._replace(garbage=garbage)
+        pruned = apply_plan(database, made.images, progress)
+    return pruned._replace(
+        garbage=garbage,
+        used_size=_measure_used(database),
+        missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size),
+        kept_sizes=made.kept_sizes,
+    )
+
+
+def _measure_used(database: Database) -> int:
+    with database.read() as connection:
+        return eviction.sum_stored(connection) + measure_files(database.directory).total_size
 
 
 def apply_plan(database: Database, planned: Iterable[PlannedImage], progress: Progress | None = None) -> Pruned:

@@ -1,17 +1,23 @@
-"""The command `policy`: what it prints, and that it installs only valid policies."""
+"""The commands `prune` and `policy`: what they print, and which policies and plans they take."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cachedb import Cache
+from cachedb.cli import prune
 from cachedb.disk.layout import POLICY_FILE
-from cachedb.operations.policy import load_policy, parse_policy
-from tests.conftest import Run
+from cachedb.operations.policy import Keep, Limits, Policy, Remove, load_policy, parse_policy
+from cachedb.text import format_size
+from tests.conftest import Run, files_of, snapshot
 from tests.operations.test_policy import EXAMPLE, MEANING
+from tests.support.make import image, save
 
 NO_POLICY = "there is no policy.toml: `cachedb policy edit` writes one\n"
 
@@ -25,11 +31,207 @@ def edit_with(tmp_path: Path, script: str) -> dict[str, str]:
     return {**os.environ, "VISUAL": str(editor), "TMPDIR": str(folder)}
 
 
+# prune: the options and the policy
+
+POLICY = Policy(Limits(1000, 0.5, 0.9), (Keep(newest=7),), (Remove(incomplete=True),))
+
+
+@pytest.mark.parametrize(
+    ("given", "merged"),
+    [
+        ({}, POLICY),
+        ({"max_size": 5}, POLICY._replace(limits=Limits(5, 0.5, 0.9))),
+        ({"min_free": 7}, POLICY._replace(limits=Limits(1000, 7, 0.9))),
+        ({"down_to": 0.2}, POLICY._replace(limits=Limits(1000, 0.5, 0.2))),
+        ({"keep": ("app", "re:^a")}, POLICY._replace(keep=(*POLICY.keep, Keep(("app:latest", "re:^a"))))),
+        ({"newest": 2}, POLICY._replace(keep=(*POLICY.keep, Keep(newest=2)))),
+        ({"unused_for": 60}, POLICY._replace(remove=(Remove(unused_for=60),))),
+        (
+            {"unused_for": 60, "conditions": ("label=a=b", "label=c", "platform=arm64", "incomplete=false")},
+            POLICY._replace(remove=(Remove((), None, (("a", "b"), ("c", None)), "arm64", 60, None, False),)),
+        ),
+        ({"to_free": 9}, POLICY),
+    ],
+)
+def test_options_replace_limits_and_rules_that_remove_and_add_to_what_is_kept(
+    given: dict[str, Any], merged: Policy
+) -> None:
+    assert prune._merge(POLICY, prune._Wishes(**given)) == merged
+
+
+def test_an_age_of_the_options_is_that_of_a_rule() -> None:
+    for given in ({"added_before": 3600}, {"conditions": ("added-before=1h",)}):
+        (rule,) = prune._merge(Policy(), prune._Wishes(**given)).remove
+        assert rule == Remove(added_before=rule.added_before)
+        assert rule.added_before == pytest.approx(3600, abs=30)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "nothing says what to remove: give --max-size, --min-free, --to-free, --unused-for, --added-before or "),
+        ("--keep app --newest 3 --dry-run", "nothing says what to remove"),
+        ("--down-to 50%", "--down-to is a part of --max-size, which is missing: add --max-size"),
+        ("--max-size much", "'much' is not a size"),
+        ("--min-free 101%", "'101%' is neither a percentage nor a size: write it as in 15% or 20GB"),
+        ("--max-size 1GB --down-to 1GB", "'1GB' is not a percentage: write it as in 90%"),
+        ("--unused-for 7", "'7' is not a duration"),
+        ("--unused-for 7d --filter unused-for=8d", "the filter unused-for is given twice"),
+        ("--filter base=app", "--filter takes neither base, digest nor several platforms"),
+        ("--filter platform=arm64 --filter platform=amd64", "--filter takes neither base, digest nor several"),
+        ("--to-free 1GB --keep re:(", "--keep: 're:(' is not a regular expression"),
+        ("--to-free 1GB --keep APP", "'APP' is not a name"),
+        ("--dry-run --plan x", "--dry-run and --plan exclude each other: give one of them"),
+        ("--apply x --explain app", "--explain and --apply exclude each other: give one of them"),
+        ("--apply x --max-size 1GB", "--apply removes what the plan says: give the other options to --plan"),
+        ("--apply missing.json", "cannot read 'missing.json': No such file or directory"),
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_wrong_usage_of_prune_is_one_line(cachedb: Run, line: str, message: str) -> None:
+    done = cachedb("prune", *line.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# prune: what it prints and removes
+
+JUST_USED = '[[keep]]\nused-within = "0s"\n'  # images that were used just now may go, too
+
+
+@pytest.fixture
+def filled(cache: Cache) -> Cache:
+    """Return a cache with two images that share a layer, and a policy that may remove both."""
+    save(cache, "app:1", image(1, 2))
+    save(cache, "app:2", image(2, 3))
+    cache.set_policy(JUST_USED)
+    return cache
+
+
+def list_names(cache: Cache) -> list[str]:
+    return list(map(str, cache.list_names()))
+
+
+def test_a_dry_run_removes_nothing_and_prints_each_image_with_its_bytes(filled: Cache, cachedb: Run) -> None:
+    before = snapshot(filled.directory)
+    done = cachedb("prune", "--unused-for", "0s", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    heading, first, second, empty, summary = done.stdout.splitlines()
+    assert heading.split() == ["NAME", "DIGEST", "LAST", "USED", "SIZE", "FREED", "IN", "ALL", "RULE"]
+    assert re.match(r"app:1 +sha256:[0-9a-f]{12} +just now +[\d.]+ k?B +[\d.]+ k?B +[\d.]+ k?B +remove 1$", first)
+    assert second.startswith("app:2")
+    assert empty == ""
+    size = sum(files_of(filled.directory).values())
+    assert summary == f"would prune 2 images, {format_size(size)}"
+    assert snapshot(filled.directory) == before
+
+
+def test_the_json_of_a_dry_run_and_a_plan_file_say_the_same(filled: Cache, cachedb: Run, tmp_path: Path) -> None:
+    options = ("prune", "--unused-for", "0s")
+    printed = json.loads(cachedb(*options, "--dry-run", "--format", "json").stdout)
+    done = cachedb(*options, "--plan", tmp_path / "plan.json")
+    size = sum(files_of(filled.directory).values())
+    assert done.stdout == f"would prune 2 images, {format_size(size)}\n"
+    assert json.loads((tmp_path / "plan.json").read_text()) == printed
+    assert [entry["name"] for entry in printed["images"]] == ["app:1", "app:2"]
+    assert printed["freed_size"] == printed["images"][-1]["total_freed_size"] == size
+    assert cachedb(*options, "--dry-run", "-q").stdout == "app:1\napp:2\n"
+
+
+def test_an_applied_plan_removes_exactly_what_was_planned(filled: Cache, cachedb: Run, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    cachedb("prune", "--unused-for", "0s", "--plan", path)
+    save(filled, "app:3", image(3, 4))
+    save(filled, "app:2", image(5))
+    done = cachedb("prune", "--apply", path)
+    assert done.returncode == 0
+    assert done.stderr == "skipped app:2: now another image\n"
+    assert re.fullmatch(r"pruned 1 image, [\d.]+ k?B; [\d.]+ MB used\n", done.stdout)
+    assert list_names(filled) == ["app:2", "app:3"]
+    found = json.loads(cachedb("prune", "--apply", "-", "--format", "json", input=path.read_text()).stdout)
+    assert [entry["name"] for entry in found["skipped"]] == ["app:1", "app:2"]
+    assert found["images"] == []
+
+
+def test_prune_removes_what_the_policy_says_and_prints_one_line(filled: Cache, cachedb: Run) -> None:
+    filled.set_policy(f'{JUST_USED}names = ["app:2"]\n[[remove]]\nnames = ["app:*"]\n'.replace("0s", "1h"))
+    size = sum(files_of(filled.directory).values())
+    done = cachedb("prune")
+    freed = size - sum(files_of(filled.directory).values())
+    assert freed > 0
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"pruned 1 image, {re.escape(format_size(freed))}; [\d.]+ MB used\n", done.stdout)
+    assert list_names(filled) == ["app:2"]
+    assert cachedb("prune", "--unused-for", "0s", "--keep", "nothing", "-q").stdout == ""
+
+
+def test_prune_prints_the_names_or_the_json_of_what_it_removed(filled: Cache, cachedb: Run) -> None:
+    assert cachedb("prune", "--unused-for", "0s", "--keep", "app:2", "-q").stdout == "app:1\n"
+    found = json.loads(cachedb("prune", "--unused-for", "0s", "--format", "json").stdout)
+    assert found["images"] == [{"name": "app:2"}]
+    assert files_of(filled.directory) == {}
+
+
+def test_the_bytes_to_free_include_garbage(filled: Cache, cachedb: Run) -> None:
+    with Cache.open(filled.directory) as other:
+        digest = other.add_blob(bytes(100_000))
+    assert cachedb("prune", "--to-free", "100kB", "-q").stdout == ""
+    assert digest not in files_of(filled.directory)
+    assert list_names(filled) == ["app:1", "app:2"]
+
+
+def test_a_limit_that_cannot_be_met_is_exit_code_1_and_says_what_keeps_the_space(filled: Cache, cachedb: Run) -> None:
+    filled.add_hold("app:1")
+    for options in (["--dry-run"], []):
+        done = cachedb("prune", "--max-size", "1kB", *options)
+        assert done.returncode == 1
+        assert re.fullmatch(
+            r"cachedb: cannot free [\d.]+ MB more; the space is kept by: other files [\d.]+ MB, held [\d.]+ k?B: .*\n",
+            done.stderr,
+        )
+    assert done.stdout.startswith("pruned 1 image, ")
+    assert done.stdout.endswith(" of 1 kB used\n")
+    assert list_names(filled) == ["app:1"]
+
+
+def test_explain_says_what_keeps_an_image_or_would_remove_it(filled: Cache, cachedb: Run) -> None:
+    explain = ("prune", "--unused-for", "0s", "--explain")
+    assert cachedb(*explain, "app:1").stdout == "app:1 would be removed by remove 1\n"
+    done = cachedb(*explain, "app:1", "--keep", "app:*", "--format", "json")
+    found = json.loads(done.stdout)
+    assert (found["name"], found["kept_by"], found["rule"], found["planned"]) == ("app:1", "keep 2", "remove 1", None)
+    assert json.loads(cachedb(*explain, "app:1", "--format", "json").stdout)["planned"]["name"] == "app:1"
+    assert cachedb(*explain, "other:1").returncode == 3
+    assert list_names(filled) == ["app:1", "app:2"]
+
+
+def test_a_query_that_fails_is_an_error_in_its_line_of_the_policy(filled: Cache, cachedb: Run) -> None:
+    (filled.directory / POLICY_FILE).write_text(f'{JUST_USED}[[remove]]\nsql = "SELECT nothing FROM image_usage"\n')
+    for options in ("--dry-run", "--to-free=1", "--explain=app:1"):
+        done = cachedb("prune", options)
+        assert done.returncode == 2
+        assert done.stderr.startswith("cachedb: policy.toml, line 4: sql: ")
+
+
+def test_an_empty_cache_and_a_cache_that_can_only_be_read_can_be_planned(cache: Cache, cachedb: Run) -> None:
+    assert cachedb("prune", "--max-size", "1TB").stdout.startswith("pruned 0 images, 0 B; ")
+    save(cache, "app:1", image(1))
+    cache.set_policy(JUST_USED)
+    cache.close()
+    os.link(cache.directory / "index.db", cache.directory.with_name("link"))
+    done = cachedb("prune", "--unused-for", "0s", "--dry-run", "-q")
+    assert (done.returncode, done.stdout) == (0, "app:1\n")
+    done = cachedb("prune", "--unused-for", "0s")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "can only be read" in done.stderr
+
+
 # show
 
 
 def test_show_prints_the_policy_and_the_default(cache: Cache, cachedb: Run) -> None:
-    default = '\n[[keep]]  # the default, without another used-within\nused-within = "10m"\n'
+    default = '\n# the default, without another used-within\n[[keep]]\nused-within = "10m"\n'
     assert cachedb("policy", "show").stdout == f"# {NO_POLICY}{default}"
     cache.set_policy('[limits]\nmax-size = "1.5GB"\n')
     expected = f'# {cache.directory}/policy.toml\n\n[limits]\nmax-size = "1500MB"\n{default}'

@@ -496,6 +496,18 @@ def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
     }
 
 
+def test_a_prune_says_what_is_used_and_what_is_missing_afterwards(cache: Cache) -> None:
+    save_old(cache, "app:1", "app:2")
+    cache.add_hold("app:1")
+    pruned = cache.prune(Policy(Limits(max_size=1000)))
+    usage = cache.get_usage()
+    files_size = usage.index_size + sum(usage.folder_sizes.values()) + usage.reserve_size
+    assert pruned.used_size == usage.stored.size + files_size
+    assert pruned.missing_size > 0
+    assert pruned.kept_sizes["held"] == usage.stored.size
+    assert cache.prune(ALL).missing_size == 0
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_number_of_bytes_to_free_must_be_positive(cache: Cache, size: int) -> None:
     for call in (cache.plan_prune, cache.prune):
