@@ -58,10 +58,9 @@ _NO_CONTAINERS = "cachedb runs no containers: use `cachedb export NAME - | docke
 _NO_BUILDS = "cachedb builds no images: build with docker or buildah, then use `cachedb import ARCHIVE`"
 _NO_EDITS = "cachedb edits no images: edit an export, then use `cachedb import LAYOUT`"
 _REMOVE = "use `cachedb rm NAME`, which removes a name and frees the blobs that only it used"
-_PRUNE = "use `cachedb gc`, which frees blobs that no image uses; `cachedb report not-used` lists images to remove"
+_PRUNE = "use `cachedb gc`, which frees blobs that no image uses; `cachedb prune` removes images by a policy"
 
 _OTHERS = {
-    "prune": _PRUNE,
     "system prune": _PRUNE,
     "builder prune": _PRUNE,
     "clean": _PRUNE,

@@ -89,7 +89,7 @@ def test_a_hidden_command_is_found_but_not_listed() -> None:
         assert command is not None
         assert command.hidden
     listed = cli.list_commands(context)
-    assert not {*ALIASES, "history", "du", "prune"} & {*listed, *re.findall(r"^  (\w+)  ", run("--help"), re.MULTILINE)}
+    assert not {*ALIASES, "history", "du"} & {*listed, *re.findall(r"^  (\w+)  ", run("--help"), re.MULTILINE)}
 
 
 def test_an_alias_has_the_help_of_the_command_that_it_runs() -> None:
@@ -130,7 +130,7 @@ def test_our_own_arguments_are_kept(line: str) -> None:
     [
         ("exprot", ["export"]), ("improt", ["import"]), ("shwo", ["show"]), ("tga", ["tag"]), ("relase", ["release"]),
         ("verfy", ["verify"]), ("hols", ["hold", "holds"]),
-        ("prune", []), ("delete", []), ("start", []), ("sync", []), ("create", []), ("as", []), ("frobnicate", []),
+        ("delete", []), ("start", []), ("sync", []), ("create", []), ("as", []), ("frobnicate", []),
     ],
 )  # fmt: skip
 def test_only_a_close_spelling_is_suggested(typed: str, meant: list[str]) -> None:
