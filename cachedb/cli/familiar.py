@@ -61,6 +61,7 @@ _REMOVE = "use `cachedb rm NAME`, which removes a name and frees the blobs that 
 _PRUNE = "use `cachedb gc`, which frees blobs that no image uses; `cachedb prune` removes images by a policy"
 
 _OTHERS = {
+    "image prune": _PRUNE,
     "system prune": _PRUNE,
     "builder prune": _PRUNE,
     "clean": _PRUNE,
