@@ -58,7 +58,7 @@ _NO_CONTAINERS = "cachedb runs no containers: use `cachedb export NAME - | docke
 _NO_BUILDS = "cachedb builds no images: build with docker or buildah, then use `cachedb import ARCHIVE`"
 _NO_EDITS = "cachedb edits no images: edit an export, then use `cachedb import LAYOUT`"
 _REMOVE = "use `cachedb rm NAME`, which removes a name and frees the blobs that only it used"
-_PRUNE = "use `cachedb gc`, which frees blobs that no image uses; `cachedb prune` removes images by a policy"
+_PRUNE = "use `cachedb prune`, which removes images, or `cachedb gc`, which frees blobs that no image uses"
 
 _OTHERS = {
     "image prune": _PRUNE,

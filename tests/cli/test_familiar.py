@@ -130,7 +130,8 @@ def test_our_own_arguments_are_kept(line: str) -> None:
     [
         ("exprot", ["export"]), ("improt", ["import"]), ("shwo", ["show"]), ("tga", ["tag"]), ("relase", ["release"]),
         ("verfy", ["verify"]), ("hols", ["hold", "holds"]),
-        ("delete", []), ("start", []), ("sync", []), ("create", []), ("as", []), ("frobnicate", []),
+        ("prnue", ["prune"]), ("delete", []), ("start", []), ("sync", []), ("create", []), ("as", []),
+        ("frobnicate", []),
     ],
 )  # fmt: skip
 def test_only_a_close_spelling_is_suggested(typed: str, meant: list[str]) -> None:

@@ -19,7 +19,7 @@ def test_help_prints_what_the_option_prints(cachedb: Run, command: str) -> None:
     [
         ("frobnicate", "no such command 'frobnicate'; see `cachedb --help`"),
         ("db frobnicate", "no such command 'frobnicate'; see `cachedb db --help`"),
-        ("prune", "no such command 'prune': use `cachedb gc`"),
+        ("cleanup", "no such command 'cleanup': use `cachedb prune`, which removes images, or `cachedb gc`"),
         ("ls app:1", "'cachedb ls' has no commands; see `cachedb ls --help`"),
     ],
 )

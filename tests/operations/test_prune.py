@@ -227,6 +227,15 @@ def test_images_that_the_target_does_not_need_stay_if_their_blobs_are_read_one_b
     ]  # fmt: skip
 
 
+def test_a_blob_of_an_image_that_stays_and_an_absent_blob_are_not_counted_as_freed(rows_only: Cache) -> None:
+    # All three images free 1, 1 and 106 bytes. The first two may stay: they cost 6 bytes and 1 byte more.
+    write_rows(rows_only.directory, [[0], [0], [0, 1, 2]], [5, 100, 3, 0, 0, 0, 0, 0, 0, 0], set())
+    plan = rows_only.plan_prune(to_free=100)
+    assert [(str(image.name), image.freed_size, image.total_freed_size) for image in plan.images] == [
+        ("app:2", 101, 101)
+    ]  # fmt: skip
+
+
 # What is kept
 
 
