@@ -172,8 +172,8 @@ def export_old(directory: Path, steps: Steps) -> str:
     hold, held_images = hold_images, []
 
     @contextmanager
-    def noting_held(*arguments: Any) -> Iterator[Any]:
-        with hold(*arguments) as found:
+    def noting_held(*arguments: Any, **options: Any) -> Iterator[Any]:
+        with hold(*arguments, **options) as found:
             held_images.append(found)
             yield found
 

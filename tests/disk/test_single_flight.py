@@ -257,6 +257,7 @@ def start_produce(directory: Path, *command: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_one_of_many_produce_commands_runs_its_command(directory: Path, tmp_path: Path) -> None:
+    Cache.open(directory).close()
     ran = tmp_path / "ran"
     processes = [start_produce(directory, "-c", STORE, ran) for _ in range(5)]
     for process in processes:
@@ -313,6 +314,7 @@ def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Si
 def test_produce_exits_with_the_code_of_its_command(
     cachedb: Run, directory: Path, script: str, code: int, message: str
 ) -> None:
+    Cache.open(directory).close()
     result = cachedb("produce", "app:1", "sh", "-c", script)
     assert (result.returncode, result.stdout, result.stderr) == (code, "", message)
     assert list_claims(directory) == []
@@ -358,5 +360,7 @@ def test_a_command_may_produce_the_same_name_in_another_cache(cachedb: Run, dire
         'cachedb export app:1 - | "$python" -m cachedb --dir "$here" import -q -'
     )
     places = (sys.executable, archive, directory, tmp_path / "other")
+    for place in places[2:]:
+        Cache.open(place).close()
     result = cachedb("produce", "app:1", "--", "sh", "-ec", script, "sh", *places)
     assert (result.returncode, result.stderr) == (0, "")

@@ -329,7 +329,6 @@ def test_failed_and_killed_changes_do_not_accumulate_backups(old: Path, monkeypa
         import os, sys
         from pathlib import Path
         from cachedb.index import schema
-from cachedb.index.descriptions import BACKFILL
         from cachedb.operations import upgrade
 
         schema.run_migrations = lambda *_, **__: os.kill(os.getpid(), 9)

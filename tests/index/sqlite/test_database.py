@@ -776,7 +776,7 @@ def test_a_path_that_is_too_long_for_sqlite_is_refused(tmp_path: Path, cachedb: 
 @pytest.mark.slow
 def test_a_backup_to_a_path_that_is_too_long_for_sqlite_fails_in_one_line(tmp_path: Path, cachedb: Run) -> None:
     (long := long_path(tmp_path, 520)).mkdir(parents=True)
-    cachedb("ls")
+    cachedb("init")
     done = cachedb("db", "backup", long / "index.db")
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
