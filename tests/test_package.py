@@ -45,7 +45,7 @@ def test_every_error_is_a_cache_error_and_in_the_tree_of_the_docstring() -> None
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the checkout's source files, to build from."""
     path = tmp_path_factory.mktemp("checkout") / "cachedb"
-    kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "dist", "build")
+    kept = shutil.ignore_patterns(".git", ".venv", ".nox", "__pycache__", ".*_cache", ".hypothesis", "dist", "build")
     shutil.copytree(ROOT, path, ignore=kept)
     return path
 
