@@ -27,6 +27,7 @@ from cachedb.arguments import (
 )
 from cachedb.content import collect, publish, save
 from cachedb.content.collect import Collected, Removed
+from cachedb.content.details import read_details, read_platforms
 from cachedb.content.held import find_hold_name, find_images_and_digests, hold_images
 from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
@@ -562,7 +563,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save.read_details(connection, self.directory, self._find(connection, name))
+            return read_details(connection, self.directory, self._find(connection, name))
 
     def list_manifests(
         self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False
@@ -615,7 +616,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save.read_platforms(connection, self.directory, self._find(connection, name))
+            return read_platforms(connection, self.directory, self._find(connection, name))
 
     def is_image_complete(self, name: str | Name) -> bool:
         """Return whether an image and all its blobs are stored; False if there is no such image.

@@ -39,12 +39,11 @@ from cachedb.index.images import (
     look_up_all,
     look_up_blobs,
     point_name,
-    read_image,
     read_image_blobs,
     read_root,
     select_images_waiting_for,
 )
-from cachedb.index.records import BlobRow, ImageDetails, PlatformInfo
+from cachedb.index.records import BlobRow
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest
@@ -67,8 +66,6 @@ __all__ = [
     "find_present_part",
     "find_stored_part",
     "platform_choice",
-    "read_details",
-    "read_platforms",
     "reassociate",
     "restore_image",
     "save_image",
@@ -436,42 +433,6 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     connection.execute(build_associations_copy(), {"of": image.id, "target": target_id})
     descriptions.copy(connection, image.id, target_id)
     return target_id
-
-
-def read_details(connection: Connection, directory: Path, image_id: int) -> ImageDetails:
-    """Return an image with its blobs, labels and platforms.
-
-    Args:
-        connection: in a read transaction, so that all parts come from one snapshot.
-        directory: of the cache.
-        image_id: of the image.
-
-    Raises:
-        DamagedIndex: if the image has no blobs.
-    """
-    info, blobs = read_image(connection, directory, image_id)
-    labels = descriptions.read_labels(connection, image_id)
-    return ImageDetails(info, blobs, labels, read_platforms(connection, directory, image_id))
-
-
-def read_platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:
-    """Return the children of an image's index, in order, and whether the closure of each is stored.
-
-    The list is empty if the image is no index, or its index cannot be read.
-    """
-    root = read_root(connection, image_id)
-    if root.role != "index":
-        return []
-    blobs = {blob.digest: blob.stored for blob in read_image_blobs(connection, directory, image_id)}
-
-    def is_complete(child: Descriptor) -> bool:
-        # The image may leave out foreign layers.
-        needed = closure(connection, directory, child, strict=False)
-        return all(blobs.get(blob.digest, blob.is_foreign) for blob in needed)
-
-    data = reader.read_small_blob(directory, root.digest, root.size)
-    children = [] if data is None else descriptors(data, root.media_type)
-    return [PlatformInfo(child.platform, child.digest, is_complete(child)) for child in children]
 
 
 def attach(connection: Connection, directory: Path, name: Name, digest: Digest, role: str, media_type: str) -> None:
