@@ -710,8 +710,8 @@ class Cache:
     ) -> Removed:
         """Remove images, all of them or none, and free the blobs that only they used.
 
-        The images are chosen and removed in one transaction. An image that is used or moves before it is not removed
-        unless it still fulfils the filters.
+        The images are chosen and removed in one transaction. So the filters see the last use and
+        the digest that each image has at that moment.
 
         Args:
             names: names of images, and patterns such as ``team/*``.
@@ -761,8 +761,8 @@ class Cache:
         """Plan what `prune` would remove now; nothing is removed, and no lock is held.
 
         Rules remove images first, in their order. Then the limits remove the least recently used images, and no more
-        of them than they need. What a rule keeps, and what a hold, a process or a use in the last 10 minutes keeps,
-        always stays.
+        of them than they need. An image stays if a keep rule selects it, or if a hold or a process keeps it. Without a
+        ``used-within``, an image that was used in the last 10 minutes stays too.
 
         Args:
             policy: the rules and limits; None for those in the file ``policy.toml`` of the cache.

@@ -89,7 +89,7 @@ def print_images(
     if quiet:
         click.echo("".join(f"{image.name}\n" for image in found), nl=False)
     elif output.form == "table" and not output.columns:
-        # Reading all fields of each image would take three times as long.
+        # Reading all fields of each image would be slower.
         keys = [field.key for field in IMAGE_FIELDS if field.place and field.key != "name"]
         read = attrgetter(*keys)
         rows = [{"name": str(image.name), **dict(zip(keys, read(image), strict=True))} for image in found]

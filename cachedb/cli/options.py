@@ -199,7 +199,9 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, output=Output(form, chosen, not no_header), **options)
 
     options = (
-        click.option("--columns", metavar="NAME,...", help="The columns to print; a wrong name lists all of them."),
+        click.option(
+            "--columns", metavar="NAME,...", help="The columns to print; the error for an unknown column lists all."
+        ),
         click.option(
             "--format",
             "form",

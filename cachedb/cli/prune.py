@@ -154,7 +154,8 @@ def prune(
     replaces that of the policy. --unused-for, --added-before and --filter are one rule: an image must fulfil all of
     them. This rule replaces the rules of the policy that remove. --keep and --newest add to its rules that keep.
 
-    What is kept always stays, and so do images that are held, in use, or were used in the last 10 minutes. The exit
+    Images that a keep rule selects, and images that are held or in use, always stay. Without a used-within in the
+    policy, images that were used in the last 10 minutes stay too. The exit
     code is 1 if the limits cannot be met.
     """
     wishes = _Wishes(**options)
@@ -430,8 +431,8 @@ def _count(number: int, what: str) -> str:
 def policy_edit() -> None:
     """Open the policy in $VISUAL or $EDITOR, and install the result if it is valid.
 
-    The editor gets a copy, so no process sees a half-written policy. An invalid text is not installed; it is kept for
-    the next try.
+    The editor gets a copy, so no process sees a half-written policy. An invalid text is not installed; an error
+    names the file that has it.
     """
     from cachedb.operations.policy import read_policy
 

@@ -84,7 +84,7 @@ class Limits(NamedTuple):
 
     max_size: int | None = None  # bytes of all files of the cache, as `df` counts them
     min_free: int | float | None = None  # int: bytes; float: fraction of the file system
-    down_to: float = 1.0  # fraction of ``max_size`` at which an eviction stops
+    down_to: float = 1.0  # fraction of ``max_size`` at which a prune stops
 
 
 class Policy(NamedTuple):

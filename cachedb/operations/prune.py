@@ -1,4 +1,4 @@
-"""Prune a cache: plan which images to remove, explain it, and remove exactly what was planned.
+"""Prune a cache: plan which images to remove, explain it, and remove only what was planned.
 
 A plan is made in one transaction and without a lock. Its bytes are exact: they are those that the files in ``blobs/``
 lose. A removal checks each image again under the write lock, and skips what has changed since the plan.
@@ -87,7 +87,7 @@ class KeptImage(NamedTuple):
     """An image that is not removed, and why."""
 
     name: Name
-    reason: str  # such as ``keep 1`` for the first rule that keeps, ``held`` or ``used since the plan``
+    reason: str  # such as ``used since the plan``, ``now another image`` or ``held``
 
 
 class Plan(NamedTuple):
