@@ -89,13 +89,12 @@ def _write_atomically(file: str, text: str) -> None:
     from pathlib import Path
 
     from cachedb.disk.durable import atomic_file, remove_leftovers
+    from cachedb.disk.writer import write_all
 
     path = Path(os.path.realpath(file))
     remove_leftovers(path.parent)
     with atomic_file(path) as new:
-        rest = memoryview(text.encode())
-        while rest:
-            rest = rest[new.write(rest) :]
+        write_all(new, text.encode())
         with suppress(FileNotFoundError):
             os.fchmod(new.fileno(), path.stat().st_mode & 0o777)
 

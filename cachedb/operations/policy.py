@@ -18,6 +18,7 @@ from cachedb.disk.durable import atomic_file, remove_leftovers
 from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.disk.reader import open_regular
+from cachedb.disk.writer import write_all
 from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, os_errors
 from cachedb.index.filters import is_pattern
 from cachedb.index.sqlite.database import Database
@@ -476,6 +477,6 @@ def _write_policy(folders: Folders, data: bytes) -> None:
         folders.check()
         remove_leftovers(folders.directory)
         with atomic_file(folders.directory / POLICY_FILE) as file:
-            file.write(data)
+            write_all(file, data)
             apply_folder_mode(file.fileno(), folders.status)
         os.fsync(folders.root)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachedb import Cache, InvalidPolicy, StorageError
+from cachedb.disk import durable
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import policy
@@ -221,6 +225,25 @@ def test_an_installed_policy_applies_and_has_the_mode_of_the_cache(index: Databa
     assert load_policy(index.directory) == MEANING
     assert stat.S_IMODE((index.directory / POLICY_FILE).stat().st_mode) == 0o660
     assert policy.install_policy(index, "") == load_policy(index.directory) == Policy()
+
+
+def test_a_policy_is_written_whole_though_a_file_takes_few_bytes_at_a_time(
+    index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = durable.atomic_file
+
+    class ShortFile(FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(memoryview(data)[:10])
+
+    @contextmanager
+    def short_file(path: Path) -> Iterator[FileIO]:
+        with real(path) as file, ShortFile(file.fileno(), "r+", closefd=False) as short:
+            yield short
+
+    monkeypatch.setattr(policy, "atomic_file", short_file)
+    policy.install_policy(index, EXAMPLE)
+    assert policy.read_policy(index.directory) == EXAMPLE
 
 
 def test_a_policy_can_be_in_place_before_its_cache(tmp_path: Path) -> None:
