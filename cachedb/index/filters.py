@@ -12,12 +12,12 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, column, false, func, literal, or_, select, table
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, false, func, literal, or_, select
 
 from cachedb.errors import InvalidQuery, NotInCache
 from cachedb.index.blobs import ambiguous_error, starts_with
 from cachedb.index.images import find
-from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGE_PLATFORMS, IMAGES
 from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
 from cachedb.oci.platforms import is_for
@@ -353,14 +353,13 @@ def _has_label(key: str, value: str | None) -> ColumnElement[bool]:
 
 def _is_for_platform(connection: Connection, wanted: str) -> ColumnElement[bool]:
     # Few platforms occur in a cache, so Python chooses the fitting ones, by the rules of all other commands.
-    platforms = table("platforms", column("name"), column("os"), column("architecture"), column("variant"))
-    columns = (platforms.c.os, platforms.c.architecture, platforms.c.variant)
+    columns = (IMAGE_PLATFORMS.c.os, IMAGE_PLATFORMS.c.architecture, IMAGE_PLATFORMS.c.variant)
     fitting = [
         and_(*(column.is_not_distinct_from(part) for column, part in zip(columns, row, strict=True)))
         for row in connection.execute(select(*columns).distinct())
         if is_for("/".join(part for part in row if part), wanted)
     ]
-    return _name().in_(select(platforms.c.name).where(or_(*fitting))) if fitting else false()
+    return IMAGES.c.id.in_(select(IMAGE_PLATFORMS.c.image_id).where(or_(*fitting))) if fitting else false()
 
 
 def _lacks_blob() -> ColumnElement[bool]:
