@@ -10,20 +10,24 @@ __all__ = ["exit_terminated", "finished", "raise_interrupt", "received_signals"]
 
 
 received_signals: list[int] = []
+finished: list[bool] = []  # not empty once the command has finished
 
 
 def exit_terminated(number: int, _frame: object) -> NoReturn:
     """Exit with 143, the code a shell reports for SIGTERM."""
     received_signals.append(number)
+    _exit_if_finished(143)
     sys.exit(143)
 
 
 def raise_interrupt(number: int, _frame: object) -> NoReturn:
-    """Raise `KeyboardInterrupt`, or exit at once if the command has finished."""
+    """Raise `KeyboardInterrupt`, or exit with 130, the code a shell reports for SIGINT, if the command has finished."""
     received_signals.append(number)
-    if finished:
-        os._exit(130)  # everything is printed, and an exception would only add a traceback
+    _exit_if_finished(130)
     raise KeyboardInterrupt
 
 
-finished: list[bool] = []  # not empty once the command has finished
+def _exit_if_finished(code: int) -> None:
+    """Exit at once if everything is printed: while Python shuts down, an exception would only add a traceback."""
+    if finished:
+        os._exit(code)

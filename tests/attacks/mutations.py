@@ -167,6 +167,7 @@ MUTATIONS = [
     Mutation("an error of a callback does not count as a damaged blob", "cachedb/operations/verify.py", "        if is_callers(error):\n            raise  # the callback", "        if False:\n            raise  # the callback", "tests/test_reentry.py -k callback"),
     Mutation("an error raised in a callback of SQLite is kept", "cachedb/index/sqlite/query.py", "        callbacks.raise_again()\n", "", "tests/test_reentry.py -k handlers_error"),
     Mutation("a file has no name before it is whole", "cachedb/disk/durable.py", "        unnamed = os.open(part.parent,", "        raise OSError(errno.EOPNOTSUPP, '')\n        unnamed = os.open(part.parent,", "tests/disk/test_durable.py -k need_no_name"),
+    Mutation("a signal after the command's end ends Python", "cachedb/cli/signals.py", "    if finished:\n", "    if False:\n", "tests/cli/test_main.py -k shuts_down"),
     Mutation("an unfinished file is locked", "cachedb/disk/durable.py", "        lock_part(file.fileno())\n", "", "tests/disk/test_durable.py -k those_of_live_ones"),
     Mutation("a locked leftover stays", "cachedb/disk/durable.py", "        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "", "tests/disk/test_durable.py -k provably"),
     Mutation("a leftover of another user stays", "cachedb/disk/durable.py", " or status.st_uid != os.geteuid():", ":", "tests/disk/test_durable.py -k other_users"),

@@ -309,6 +309,22 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(cachedb: Run, archive: 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_python_shuts_down_ends_the_command_without_a_traceback(
+    number: signal.Signals, code: int
+) -> None:
+    program = f"""
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), {number.value})
+sys.argv = ["cachedb", "--version"]
+from cachedb.cli.main import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (code, "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_import_leaves_the_cache_as_it_was(
     directory: Path, archive: Path, number: signal.Signals, code: int
 ) -> None:
