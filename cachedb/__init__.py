@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from cachedb.operations.inspect import RemoteBlob as RemoteBlob
     from cachedb.operations.inspect import RemoteImage as RemoteImage
     from cachedb.operations.inspect import RemotePlatform as RemotePlatform
+    from cachedb.operations.plan import Explanation as Explanation
+    from cachedb.operations.plan import Plan as Plan
+    from cachedb.operations.plan import PlannedImage as PlannedImage
     from cachedb.operations.policy import Keep as Keep
     from cachedb.operations.policy import Limits as Limits
     from cachedb.operations.policy import Policy as Policy
     from cachedb.operations.policy import Remove as Remove
-    from cachedb.operations.prune import Explanation as Explanation
     from cachedb.operations.prune import KeptImage as KeptImage
-    from cachedb.operations.prune import Plan as Plan
-    from cachedb.operations.prune import PlannedImage as PlannedImage
     from cachedb.operations.prune import Pruned as Pruned
     from cachedb.operations.pull import Pulled as Pulled
     from cachedb.operations.pull import PullPlan as PullPlan
@@ -82,7 +82,7 @@ _MODULES = {
     "Copied": "cachedb.operations.copy",
     "Data": "cachedb.disk.writer",
     "Digest": "cachedb.oci.digests",
-    "Explanation": "cachedb.operations.prune",
+    "Explanation": "cachedb.operations.plan",
     "Filters": "cachedb.index.filters",
     "HoldInfo": "cachedb.index.holds",
     "ImageDetails": "cachedb.index.records",
@@ -95,8 +95,8 @@ _MODULES = {
     "Leftover": "cachedb.disk.folders",
     "Limits": "cachedb.operations.policy",
     "Name": "cachedb.oci.names",
-    "Plan": "cachedb.operations.prune",
-    "PlannedImage": "cachedb.operations.prune",
+    "Plan": "cachedb.operations.plan",
+    "PlannedImage": "cachedb.operations.plan",
     "PlatformInfo": "cachedb.index.records",
     "Policy": "cachedb.operations.policy",
     "Problem": "cachedb.operations.verify",

@@ -70,8 +70,9 @@ if TYPE_CHECKING:
     from cachedb.operations.adopt import Adoption, How
     from cachedb.operations.copy import Copied
     from cachedb.operations.inspect import RemoteImage
+    from cachedb.operations.plan import Explanation, Plan, PlannedImage
     from cachedb.operations.policy import Policy
-    from cachedb.operations.prune import Explanation, Plan, PlannedImage, Pruned
+    from cachedb.operations.prune import Pruned
     from cachedb.operations.pull import Pulled, PullPlan
     from cachedb.operations.push import Pushed
     from cachedb.operations.verify import Verification
@@ -772,8 +773,9 @@ class Cache:
             InvalidPolicy: if the policy is invalid.
             InvalidQuery: if the query of a rule is invalid.
         """
+        from cachedb.operations.plan import make_plan
         from cachedb.operations.policy import load_policy
-        from cachedb.operations.prune import check_arguments, make_plan
+        from cachedb.operations.prune import check_arguments
 
         check_arguments(policy, to_free)
         self._uses.write()
@@ -830,8 +832,9 @@ class Cache:
             NotInCache: if there is no such image.
             InvalidPolicy: if the policy is invalid.
         """
+        from cachedb.operations.plan import explain
         from cachedb.operations.policy import load_policy
-        from cachedb.operations.prune import check_arguments, explain
+        from cachedb.operations.prune import check_arguments
 
         check_arguments(policy, to_free)
         self._uses.write()

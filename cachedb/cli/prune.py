@@ -32,8 +32,9 @@ from cachedb.text import format_age, format_size, parse_size, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.cache import Cache
+    from cachedb.operations.plan import Plan, PlannedImage
     from cachedb.operations.policy import Policy, Remove
-    from cachedb.operations.prune import Plan, PlannedImage, Pruned
+    from cachedb.operations.prune import Pruned
 
     _Parameter = click.ParamType[str]
 else:
@@ -375,7 +376,7 @@ def policy() -> None:
 def policy_show() -> None:
     """Print the policy that applies, in TOML, with the default rule that keeps images just used."""
     from cachedb.operations.policy import Keep, Policy, format_policy, load_policy
-    from cachedb.operations.prune import RECENT_SECONDS
+    from cachedb.operations.rules import RECENT_SECONDS
 
     directory = cache_directory()
     found = load_policy(directory)

@@ -9,7 +9,7 @@ from typing import Any
 from cachedb.errors import CacheError, InvalidPolicy
 from cachedb.oci.digests import parse_digest
 from cachedb.oci.names import Name
-from cachedb.operations.prune import PlannedImage
+from cachedb.operations.plan import PlannedImage
 from cachedb.text import printable, shorten
 
 __all__ = ["parse_plan"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cachedb import Digest, InvalidPolicy, Name
+from cachedb.operations.plan import PlannedImage
 from cachedb.operations.plan_file import parse_plan
-from cachedb.operations.prune import PlannedImage
 from tests.support.make import digest_of
 
 DIGEST = Digest(digest_of(b""))

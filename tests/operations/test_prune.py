@@ -33,7 +33,7 @@ from cachedb import (
 from cachedb.disk import single_flight
 from cachedb.disk.sizes import FileSystem, measure_files
 from cachedb.oci.manifests import OCI_LAYER, OCI_MANIFEST
-from cachedb.operations import prune
+from cachedb.operations import least, prune
 from tests.conftest import files_of, snapshot, stored_rows
 from tests.content.test_describe import make_config, make_image
 from tests.index.test_filters import age
@@ -217,8 +217,8 @@ def test_a_plan_is_the_least_recently_used_images_without_those_that_the_target_
 def test_images_that_the_target_does_not_need_stay_if_their_blobs_are_read_one_by_one(
     rows_only: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prune, "_FIRST_CONTENTS", 1)
-    monkeypatch.setattr(prune, "_MOST_CONTENTS", 1)
+    monkeypatch.setattr(least, "_FIRST_CONTENTS", 1)
+    monkeypatch.setattr(least, "_MOST_CONTENTS", 1)
     # The images free 1, 21, 11, 21 and 101 bytes in this order; the first layer dies with the last image.
     write_rows(rows_only.directory, [[0], [1], [2], [3], [0, 4]], [10, 20, 10, 20, 90, 0, 0, 0, 0, 0], set())
     plan = rows_only.plan_prune(to_free=120)
@@ -460,7 +460,7 @@ def test_free_space_is_a_number_of_bytes_or_a_fraction_of_the_file_system(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_old(cache, "app:1", "app:2")
-    monkeypatch.setattr(prune, "measure_file_system", lambda _: FileSystem(100_000, 20_000))
+    monkeypatch.setattr("cachedb.operations.plan.measure_file_system", lambda _: FileSystem(100_000, 20_000))
     assert cache.plan_prune(Policy(Limits(min_free=20_000))).needed_size == 0
     plan = cache.plan_prune(Policy(Limits(min_free=20_001)))
     assert (plan.needed_size, names_of(plan), plan.images[0].rule) == (1, ["app:2"], "min-free")

@@ -1,0 +1,163 @@
+"""Plan which images a prune removes, and explain what keeps an image.
+
+A plan is made in one transaction and without a lock. Its bytes are exact: they are those that the files in ``blobs/``
+lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import select
+
+from cachedb.disk.downloads import sum_stale_downloads
+from cachedb.disk.sizes import measure_file_system, measure_files
+from cachedb.index import eviction, images
+from cachedb.index.eviction import RankedImage
+from cachedb.index.filters import complete_name
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import IMAGES
+from cachedb.oci.digests import Digest
+from cachedb.oci.names import Name
+from cachedb.operations.least import choose_least
+from cachedb.operations.policy import Limits, Policy
+from cachedb.operations.rules import RECENT_SECONDS, build_rules, run_queries
+
+__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "make_plan"]
+
+
+_REASONS = {
+    eviction.HELD: "held",
+    eviction.IN_USE: "in use",
+    eviction.RECENT: f"used within {RECENT_SECONDS / 60:g} minutes",
+}
+
+
+class PlannedImage(NamedTuple):
+    """An image that a plan removes."""
+
+    name: Name
+    digest: Digest  # of its manifest or index
+    last_used_at: datetime  # UTC
+    size: int  # bytes of its blobs
+    freed_size: int  # bytes that its removal frees, after the removals before it
+    total_freed_size: int  # bytes that the plan frees up to and with it
+    rule: str  # ``remove 2`` for the second rule that removes, or the limit: ``max-size``, ``min-free`` or ``to-free``
+
+
+class Plan(NamedTuple):
+    """What a prune removes."""
+
+    images: list[PlannedImage]  # in the order of removal
+    freed_size: int  # bytes that the images free
+    needed_size: int  # bytes that the limits require to free, garbage included; 0 without limits
+    garbage_size: int  # bytes that are freed before the images: garbage, old partial downloads and the trash
+    kept_sizes: dict[str, int]  # bytes that nothing may free, by what keeps them; empty if the limits can be met
+
+    @property
+    def missing_size(self) -> int:
+        """The bytes that the limits require, but that nothing may free."""
+        return max(0, self.needed_size - self.garbage_size - self.freed_size)
+
+
+class Explanation(NamedTuple):
+    """What keeps an image, or what removes it."""
+
+    name: Name
+    digest: Digest  # of its manifest or index
+    last_used_at: datetime  # UTC
+    kept_by: str | None  # such as ``keep 1``, ``held`` or ``used within 10 minutes``; None if nothing keeps it
+    rule: str | None  # the first rule that removes it unless it is kept, such as ``remove 2``
+    planned: PlannedImage | None  # its removal, if a prune would remove it now
+
+    def __str__(self) -> str:
+        if self.planned is not None:
+            return f"{self.name} would be removed by {self.planned.rule}"
+        if self.kept_by is None:
+            return f"{self.name} stays: no rule removes it, and no limit requires it"
+        spared = f", though {self.rule} selects it" if self.rule else ""
+        return f"{self.name} is kept: {self.kept_by}{spared}"
+
+
+def make_plan(database: Database, policy: Policy, *, to_free: int | None = None) -> Plan:
+    """Plan which images a prune removes: those that the policy's rules remove, and as few as the limits require.
+
+    Args:
+        database: of the cache.
+        policy: the rules and limits.
+        to_free: bytes to free in any case, garbage included.
+
+    Raises:
+        InvalidPolicy: if a rule has no condition.
+        InvalidQuery: if the query of a rule is invalid.
+        CacheError: if the query of a rule takes too long.
+    """
+    answers = run_queries(database, policy)
+    files, stale_size = measure_files(database.directory), sum_stale_downloads(database.directory)
+    with database.read() as connection:
+        rules = build_rules(connection, database, policy, answers)
+        garbage_size = eviction.sum_unleased_garbage(connection, rules) + files.folder_sizes["trash"] + stale_size
+        total_size = eviction.sum_stored(connection) + files.total_size
+        limit, needed_size = _find_need(database, policy.limits, total_size, to_free)
+        image_size = max(0, needed_size - garbage_size)  # to free by removing images
+        ranked = eviction.rank_images(connection, rules, image_size)
+        chosen = choose_least(connection, rules, ranked, image_size)
+        sizes = eviction.read_sizes(connection, [image.id for image in chosen])
+        planned = list(_describe(chosen, sizes, limit))
+        freed_size = planned[-1].total_freed_size if planned else 0
+        kept_sizes: dict[str, int] = {}
+        if freed_size < image_size:
+            kept_sizes = {_name_reason(number): size for number, size in eviction.sum_kept(connection, rules).items()}
+            kept_sizes["other files"] = files.total_size - files.folder_sizes["trash"] - stale_size
+    return Plan(planned, freed_size, needed_size, garbage_size, kept_sizes)
+
+
+def _find_need(database: Database, limits: Limits, total_size: int, to_free: int | None) -> tuple[str, int]:
+    """Return the limit that requires the most bytes to be freed, and these bytes."""
+    needs = {"to-free": to_free or 0}
+    if limits.max_size is not None and total_size > limits.max_size:
+        needs["max-size"] = total_size - int(limits.max_size * limits.down_to)
+    if limits.min_free is not None:
+        found = measure_file_system(database.directory)
+        wanted = limits.min_free if isinstance(limits.min_free, int) else int(limits.min_free * found.size)
+        needs["min-free"] = wanted - found.free
+    limit = max(needs, key=needs.__getitem__)
+    return limit, max(0, needs[limit])
+
+
+def _describe(chosen: Iterable[RankedImage], sizes: Mapping[int, int], limit: str) -> Iterator[PlannedImage]:
+    for image in chosen:
+        rule = limit if image.rule is None else f"remove {image.rule}"
+        size = sizes.get(image.id, 0)
+        yield PlannedImage(
+            image.name, image.digest, image.last_used_at, size, image.freed_size, image.total_freed_size, rule
+        )
+
+
+def _name_reason(number: int) -> str:
+    return _REASONS.get(number, f"keep {number}")
+
+
+def explain(database: Database, policy: Policy, name: str | Name, *, to_free: int | None = None) -> Explanation:
+    """Return what keeps an image, or what removes it now.
+
+    Raises:
+        NotInCache: if there is no such image.
+    """
+    answers = run_queries(database, policy)
+    with database.read() as connection:
+        found = complete_name(connection, name)
+        row = images.find(connection, found, exact=True)
+        rules = build_rules(connection, database, policy, answers)
+        mark = eviction.read_mark(connection, rules, row.id)
+        query = select(IMAGES.c.last_used_at).where(IMAGES.c.id == row.id)
+        last_used_at = connection.execute(query).scalar_one()
+    planned = None
+    if mark.kept_by is None:
+        plan = make_plan(database, policy, to_free=to_free)
+        planned = next((image for image in plan.images if image.name == found), None)
+    kept_by = None if mark.kept_by is None else _name_reason(mark.kept_by)
+    rule = None if mark.rule is None else f"remove {mark.rule}"
+    return Explanation(found, row.digest, last_used_at, kept_by, rule, planned)
