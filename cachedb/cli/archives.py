@@ -197,7 +197,7 @@ def export(
         raise click.UsageError(f"DEST begins with another format than --format {form}: leave one of them out")
     form = location.format or form or "docker"
     if link and form not in FOLDER_FORMATS:
-        raise click.UsageError("--link works only with --format oci-dir or dir")
+        raise click.UsageError("--link works only with --format oci-dir or dir: use one of them, or leave out --link")
     opened: str | IO[bytes] = location.path
     if opened == "-":
         if form in FOLDER_FORMATS:

@@ -30,12 +30,12 @@ _INSTALL = {
 def completion(shell: str | None) -> None:
     """Print a shell script that completes commands, options, names and digests.
 
-    Without SHELL, say how to install the script for the shell in the variable SHELL.
+    Without an argument, explain how to install the script for the login shell, $SHELL.
     """
     from cachedb.cli.shell_completion import format_completion_script
 
     if shell is None:
         shell = os.path.basename(os.environ.get("SHELL", ""))
-        raise click.UsageError(f"expected a shell: {_INSTALL.get(shell, 'name bash, zsh or fish')}")
+        raise click.UsageError(f"no shell is given: {_INSTALL.get(shell, 'name bash, zsh or fish')}")
     command = click.get_current_context().find_root().command
     click.echo(format_completion_script(command, shell, COMPLETE_VARIABLE))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = []
 
 _UPGRADE_NEEDED = 4
-"""The exit code of `db current --check`."""
+"""The exit code of `db current --check` if an upgrade or a backfill is needed."""
 
 
 @click.group(cls=SpellingGroup)
@@ -46,8 +46,8 @@ def db() -> None:
 def db_current(check: bool, form: str) -> None:
     """Show the schema of the cache and of this release.
 
-    With --check, the exit code is 0 if this release can use the cache as it is, 4 if `cachedb db upgrade` is needed,
-    1 if only a newer release can use it, and 3 if there is no cache.
+    With --check, the exit code is 0 if this release can use the cache as it is. It is 4 if `cachedb db upgrade` is
+    needed. It is 1 if only a newer release can use the cache, and 3 if there is none.
     """
     from cachedb.index import schema
     from cachedb.index.sqlite.revision import no_cache_error
@@ -60,14 +60,14 @@ def db_current(check: bool, form: str) -> None:
     elif found.revision is None:
         click.echo(f"no cache yet; this release creates one with schema {found.newest}")
     elif found.pending:
-        click.echo(f"{found.revision}; {found.pending} image configs await backfill: run `cachedb db upgrade`")
+        click.echo(f"{found.revision}; images to backfill: {found.pending}: run `cachedb db upgrade`")
     elif found.revision == found.newest:
         click.echo(f"{found.revision}, the newest")
     elif found.revision < found.newest:
         click.echo(f"{found.revision}; this release needs {found.newest}: run `cachedb db upgrade`")
     else:
-        can = "and can use this one" if found.usable else "at most: use a newer release"
-        click.echo(f"{found.revision}; this release knows {found.newest} {can}")
+        can = f", and can use {found.revision}" if found.usable else ": use a newer release"
+        click.echo(f"{found.revision}; this release knows {found.newest} at most{can}")
     if check and (code := _code_of(found)):
         click.get_current_context().exit(code)
 
@@ -224,7 +224,7 @@ def db_downgrade(revision: str, dry_run: bool, sql: bool, form: str) -> None:
 @db.command("check", epilog=format_examples("cachedb db check", "cachedb db check --format json"))
 @format_option
 def db_check(form: str) -> None:
-    """Compare the database's schema with this release's.
+    """Compare the schema of the index with that of this release.
 
     It compares tables, columns, indexes, triggers and views. The exit code is 1 if there is a difference. `cachedb
     verify` checks the content of the tables.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cachedb import oci
-from cachedb.disk.reader import read_verified
-from cachedb.errors import NotInCache, StorageError
+from cachedb.disk.reader import missing_file_error, read_verified
+from cachedb.errors import NotInCache
 from cachedb.index import images
 from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.oci import Closure
@@ -67,4 +67,4 @@ def read_document(directory: Path, digest: Digest) -> bytes:
     try:
         return read_verified(directory, digest)
     except NotInCache:
-        raise StorageError(f"the file of {digest} is missing: run `cachedb verify`") from None
+        raise missing_file_error(digest) from None

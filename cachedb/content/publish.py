@@ -42,7 +42,7 @@ from cachedb.oci.names import Name
 from cachedb.progress import Advance
 
 __all__ = [
-    "Replaced",
+    "FileReplaced",
     "find_intact",
     "hold_stored",
     "publish",
@@ -119,7 +119,7 @@ def receive(
         raise
 
 
-class Replaced(StorageError):
+class FileReplaced(StorageError):
     """A file was replaced or written to while it was read."""
 
 
@@ -137,7 +137,8 @@ def receive_linked(
 ) -> Received:
     """Verify a file and receive a hard link to it, or a copy.
 
-    It is copied if it cannot be linked or other users may write to it.
+    It is copied if it cannot be linked, belongs to another user, or can be written by other users. Unless it becomes
+    read-only, a shared cache also copies a file whose mode is not 0444.
 
     Args:
         session: as for `receive`.
@@ -152,11 +153,11 @@ def receive_linked(
 
     Raises:
         DigestMismatch: as for `receive`.
-        Replaced: if the file was replaced or written to meanwhile.
+        FileReplaced: if the file was replaced or written to meanwhile.
         StorageError: if the file can be neither linked nor copied.
     """
     before = os.fstat(file)
-    # If a file has an access control list, its group bits limit what all other users may do.
+    # With an access control list, the group bits are its mask: the most that a named user or a group may do.
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         # Other users could change the content later. We trust only our own user not to do so.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
@@ -182,7 +183,7 @@ def receive_linked(
             os.unlink(named.name, dir_fd=folder)
             if stat.S_ISLNK(found.st_mode):
                 return receive(session, source(), digest=digest, size=size, what=what)
-            raise Replaced(f"{what} was replaced or written to while it was read")
+            raise FileReplaced(f"{what} was replaced or written to while it was read")
     return verified._replace(path=named)
 
 
@@ -190,7 +191,7 @@ def receive_download(session: Session, path: Path, content: Content) -> Received
     """Receive a downloaded and verified blob; it keeps its name in ``ingest/partial`` until it is stored.
 
     Raises:
-        ClaimLost: if another process has replaced the download by its own.
+        ClaimLost: if another process has replaced the download with its own.
     """
     named, opened = session.new_path(content.digest), session.opened
     folder = opened.descriptor
@@ -206,9 +207,9 @@ def receive_download(session: Session, path: Path, content: Content) -> Received
 def publish_blobs(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
     """Store received blobs in one write transaction, which the block may add to.
 
-    Either everything is stored or nothing, even after a crash. The order ensures this: a file in the session's folder
-    is named by its digest, then gets a second name in ``blobs/``, then the row is set to stored. If a later open finds
-    such a file without the row, it removes the name in ``blobs/`` (`retract`).
+    Either everything is stored or nothing, even after a crash. The order ensures this. A file in the session's folder
+    is named by its digest. It then gets a second name in ``blobs/``, and then the row is set to stored. If a later open
+    finds such a file without the row, it removes the name in ``blobs/`` (`retract`).
     """
     files = {blob.path: blob for blob in received if blob.path is not None}
     opened_folder = session.opened if files else None
@@ -341,7 +342,7 @@ def receive_and_save(
             for blob in list(received.values()):  # threads may still add to it after a second signal
                 session.discard(blob.path)
             raise
-        # From here on the files record what is being published.
+        # From here on, file names in the session's folder tell `retract` what to undo.
         with publish(database, session, received.values()) as connection:
             result = save(connection)
             session.release(connection, hold)
@@ -372,7 +373,7 @@ def store_blob(
     digest: Digest | None = None,
     algorithm: str = "sha256",
 ) -> Received:
-    """Store a blob, and lease it until this session saves an image that references it.
+    """Store a blob; lease it until an image of this session references it.
 
     Args:
         database: of the cache.

@@ -143,8 +143,8 @@ class Folders:
                 links = marker.count_links(self.root, status) if name == marker.MARKER else status.st_nlink
                 if links > 1:
                     raise NotOurs(
-                        f"{self._path(name)!r} has {links} hard links, so the cache shares it with a copy (`cp -al`, "
-                        "rsnapshot): it can only be read until the copy is deleted; `cachedb copy` makes one of its own"
+                        f"{self._path(name)!r} has {links} hard links, so a copy (`cp -al`, rsnapshot) shares this "
+                        "file, and both caches can only be read: delete the copy, or make another with `cachedb copy`"
                     )
 
     def check(self) -> None:

@@ -10,11 +10,11 @@ from io import BufferedReader
 from pathlib import Path
 
 from cachedb.disk.layout import blob_file
-from cachedb.errors import CacheError, DigestMismatch, NotInCache, os_errors
+from cachedb.errors import CacheError, DigestMismatch, NotInCache, StorageError, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 
-__all__ = ["damaged_error", "open_blob", "open_regular", "read_small_blob", "read_verified"]
+__all__ = ["damaged_error", "missing_file_error", "open_blob", "open_regular", "read_small_blob", "read_verified"]
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
@@ -87,4 +87,11 @@ def damaged_error(digest: Digest) -> DigestMismatch:
     return DigestMismatch(
         f"the file of {digest} is damaged, its content has another digest: run `cachedb verify --repair`, "
         "then import or pull the image again"
+    )
+
+
+def missing_file_error(digest: Digest) -> StorageError:
+    """Return the error for a stored blob whose file is gone."""
+    return StorageError(
+        f"the file of {digest} is missing: run `cachedb verify --repair`, then import or pull the image again"
     )

@@ -52,12 +52,12 @@ class Filters(NamedTuple):
     labels: tuple[tuple[str, str | None], ...] = ()  # keys with their values; None allows any value
     platforms: tuple[str, ...] = ()  # each os/architecture[/variant]; the image is for all of them
     unused_for: float | None = None  # seconds since the last use, at least
-    added_before: datetime | None = None  # the name came here before; a naive time is UTC
+    added_before: datetime | None = None  # the name came here before this time; a naive time is UTC
     base: str | None = None  # the name of an image that the image is built on, directly or not
     incomplete: bool | None = None  # True: lacks a blob; False: lacks none
-    digest: str | None = None  # of the manifest or index, or its first 12 digits or more
+    digest: str | None = None  # of the manifest or index, or at least its first 12 digits
     sort: str | None = None  # one of SORTS, with a - in front for the reverse; None sorts by name
-    limit: int | None = None  # the most images
+    limit: int | None = None  # the maximum number of images
 
     @property
     def has_conditions(self) -> bool:
@@ -87,7 +87,7 @@ def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int |
         limit: as in `Filters`.
 
     Raises:
-        InvalidQuery: if one of them is invalid, or only one filter of its key is possible.
+        InvalidQuery: if one of them is invalid, or a key that allows one value is given twice.
     """
     found: dict[str, Any] = {}
     for text in texts:
@@ -97,7 +97,7 @@ def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int |
         if not value and key != "incomplete":
             raise InvalidQuery(f"the filter {key} has no value: write {key}=VALUE")
         field = {"label": "labels", "platform": "platforms"}.get(key, key.replace("-", "_"))
-        parsed = _parse_value(key, value, text)
+        parsed = _parse_value(key, value)
         if field in ("labels", "platforms"):
             found[field] = (*found.get(field, ()), parsed)
         elif field in found:
@@ -107,25 +107,27 @@ def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int |
     return Filters(**found, sort=sort, limit=limit)
 
 
-def _parse_value(key: str, value: str, text: str) -> object:
+def _parse_value(key: str, value: str) -> object:
     if key == "label":
         name, equals, wanted = value.partition("=")
         return name, wanted if equals else None
     if key == "unused-for":
         seconds = parse_duration(value)
         if seconds is None:
-            raise InvalidQuery(f"{shorten(text)} has no duration: write it as in unused-for=7d")
+            raise InvalidQuery(f"{key}: {shorten(value)} is not a duration: write one as in unused-for=7d")
         return seconds
     if key == "added-before":
-        return _parse_time(value, text)
+        return _parse_time(value)
     if key == "incomplete":
         if value not in ("", "true", "false"):
-            raise InvalidQuery(f"{shorten(text)} is not a filter: write incomplete, or incomplete=false")
+            raise InvalidQuery(
+                f"{key}: {shorten(value)} is neither true nor false: write incomplete, or incomplete=false"
+            )
         return value != "false"
     return value
 
 
-def _parse_time(value: str, text: str) -> datetime:
+def _parse_time(value: str) -> datetime:
     """Return the time of an age such as 24h, or of an ISO date or time, in UTC unless it says otherwise."""
     seconds = parse_duration(value)
     if seconds is not None:
@@ -134,7 +136,7 @@ def _parse_time(value: str, text: str) -> datetime:
         found = datetime.fromisoformat(value)
     except ValueError:
         raise InvalidQuery(
-            f"{shorten(text)} has no time: write it as in added-before=24h, or 2026-01-31, or 2026-01-31T12:00"
+            f"added-before: {shorten(value)} is not a time: write one as in 24h, 2026-01-31 or 2026-01-31T12:00"
         ) from None
     return _make_aware(found)
 
@@ -144,7 +146,7 @@ def _make_aware(time: datetime) -> datetime:
 
 
 def subtract_seconds(seconds: float) -> datetime:
-    """Return the time some seconds ago; the first time of all if that is too long ago."""
+    """Return the time some seconds ago; `datetime.min` if that is too long ago."""
     try:
         return datetime.now(UTC) - timedelta(seconds=seconds)
     except OverflowError:
@@ -152,8 +154,7 @@ def subtract_seconds(seconds: float) -> datetime:
 
 
 def is_pattern(text: str | Name) -> bool:
-    """Return whether a text is a pattern: it has ``*``, ``?`` or ``[``, which no name has."""
-    # The host of a name may be an IPv6 address in brackets.
+    """Return whether a text is a pattern: it has ``*``, ``?``, or a ``[`` that begins no IPv6 address."""
     return isinstance(text, str) and re.search(r"[*?]|\[(?![0-9A-Fa-f]*:[0-9A-Fa-f:]*\])", text) is not None
 
 
@@ -167,7 +168,7 @@ def parse_wanted(wanted: Iterable[str | Name]) -> list[str | Name]:
 
 
 def complete_name(connection: Connection, text: str | Name) -> Name:
-    """Parse a name whose digest may be cut after 12 digits or more, if one image of the repository has such a digest.
+    """Parse a name, and complete a digest of which at least 12 digits are given.
 
     Raises:
         InvalidName: if the text is not a name.
@@ -221,7 +222,7 @@ def narrow(
 
     Raises:
         NotInCache: if a name or a pattern matches no image, whatever the filters.
-        InvalidQuery: if there is no such order, or there are too many patterns.
+        InvalidQuery: if ``sort`` is not one of `SORTS`, or there are too many patterns.
     """
     filters = _check_filters(filters)
     conditions = build_conditions(connection, filters)
@@ -242,8 +243,8 @@ def find_images(
     """Return the wanted images in their order; the other arguments and the errors are those of `narrow`.
 
     Args:
-        by_default_all: select all images if there are neither names nor patterns nor conditions. Otherwise select none
-            then, so that an empty list removes nothing.
+        by_default_all: True selects all images if there are no names, patterns and conditions. False selects none,
+            so that an empty list removes nothing.
     """
     filters = _check_filters(filters)
     if not wanted and not filters.has_conditions and not by_default_all:
@@ -328,7 +329,7 @@ def build_conditions(connection: Connection, filters: Filters) -> list[ColumnEle
 
     Raises:
         NotInCache: if the base is not in the cache.
-        InvalidDigest: if the digest is too short, or not one.
+        InvalidDigest: if the digest is too short or invalid.
         InvalidName: if the base is not a name.
     """
     conditions = [_has_label(key, value) for key, value in filters.labels]
@@ -368,9 +369,10 @@ def _lacks_blob() -> ColumnElement[bool]:
 
 
 def _is_built_on(connection: Connection, base_id: int) -> ColumnElement[bool]:
-    """Return the condition that the first layers of an image are all layers of the base, and that it has more.
+    """Return the condition that an image has all layers of the base first, and then more.
 
-    As in the view ``image_bases``, an image whose layers are not in one row has no base: it has several platforms.
+    Layers whose positions have gaps belong to several platforms. As in the view ``image_bases``, such an image has no
+    base.
     """
     own, theirs = IMAGE_BLOBS.alias("own"), IMAGE_BLOBS.alias("theirs")
     layers = select(IMAGE_BLOBS.c.position, IMAGE_BLOBS.c.blob_id).where(
@@ -432,7 +434,9 @@ def _build_order(sort: str | None) -> list[ColumnElement[Any]]:
         return by_name
     column = _sorts().get(sort.removeprefix("-"))
     if column is None:
-        raise InvalidQuery(f"{shorten(sort)} is no order: use one of {', '.join(SORTS)}, with - in front to reverse it")
+        raise InvalidQuery(
+            f"{shorten(sort)} is not a sort key: use one of {', '.join(SORTS)}, with - in front to reverse it"
+        )
     # Images without a time of build come last.
     return [column.is_(None), column.desc() if sort.startswith("-") else column, *by_name]
 
@@ -441,7 +445,7 @@ def _build_order(sort: str | None) -> list[ColumnElement[Any]]:
 
 
 def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
-    """Return a target for each name, in which each ``*`` is what the ``*`` of a pattern matched in that name.
+    """Return a new name for each name: ``*`` in the target is the text that the pattern matched.
 
     Raises:
         InvalidQuery: if the target has another number of ``*`` than the pattern; or if a result occurs twice, or is
@@ -451,7 +455,8 @@ def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
     stars = pattern.count("*")
     if target.count("*") != stars:
         raise InvalidQuery(
-            f"{shorten(pattern)} has {stars} '*', but {shorten(target)} has {target.count('*')}: give equally many"
+            f"{shorten(pattern)} has {stars} '*', but {shorten(target)} has {target.count('*')}: "
+            "give both the same number"
         )
     expression = _compile_pattern(pattern) if is_pattern(pattern) else re.compile(".*")
     sources = set(names)
@@ -464,7 +469,9 @@ def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
         if new in renamed:
             raise InvalidQuery(f"{shorten(target)} gives several images the name {new}: select one of them")
         if new != name and new in sources:
-            raise InvalidQuery(f"{shorten(target)} gives the name {new}, which is to get another name itself")
+            raise InvalidQuery(
+                f"{shorten(target)} gives the name {new}, which another selected image has: choose another target"
+            )
         renamed[new] = None
     return list(renamed)
 

@@ -47,7 +47,8 @@ def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: f
     # Compare numbers, because the largest float does not fit into a timedelta.
     if seconds is not None and not 0 < seconds <= _LONGEST_HOLD.total_seconds():
         raise CacheError(
-            f"cannot hold for {seconds:g} seconds: give up to 100 years, or nothing to hold until released"
+            f"cannot hold for {seconds:g} seconds: use a time above 0 and up to 100 years, or leave it out "
+            "to hold until released"
         )
     expires_at = None if seconds is None else now + timedelta(seconds=seconds)
     hold = f"hold-{secrets.token_hex(6)}"

@@ -339,7 +339,10 @@ def migrate(
             if found is not None and not is_due(found):
                 return found, None
             if found is not None and len(rows := read_versions(connection)) > 1:
-                raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete the wrong ones")
+                raise SchemaMismatch(
+                    f"the table alembic_version has the rows {', '.join(map(repr, rows))}: delete all but one, the "
+                    "schema of the index"
+                )
             broken = Counter(find_broken_keys(connection))
             run_migrations(change, connection, target, report_beside)
             if new := Counter(find_broken_keys(connection)) - broken:

@@ -261,7 +261,7 @@ class _Adopter:
                         session, source, file, path, digest=digest, size=size, read_only=move, progress=advance
                     )
                 received[digest] = found
-        except (UnreadableEntry, publish.Replaced) as error:
+        except (UnreadableEntry, publish.FileReplaced) as error:
             self._bad[digest] = ("unreadable", str(error))
         except DigestMismatch as error:
             self._bad[digest] = ("corrupt", str(error))

@@ -201,7 +201,7 @@ def _empty_index(staged: Path) -> None:
     file = os.open(staged, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not _is_ours(os.fstat(file)):
-            raise NotACache(f"{str(staged)!r} belongs to another program: name a new or empty directory")
+            raise NotACache(f"{str(staged)!r} is not a file that a copy of yours made: name a new or empty directory")
         os.ftruncate(file, 0)
     finally:
         os.close(file)

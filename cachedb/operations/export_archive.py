@@ -144,7 +144,7 @@ def _check_options(
     if format in FOLDER_FORMATS and not isinstance(destination, Path):
         raise CacheError(f"the format {format} writes a folder: give its path")
     if tag is not None and format == "dir":
-        raise CacheError(f"the format dir has no place for the tag {shorten(tag)}: leave it out")
+        raise CacheError(f"the format dir stores no tag: leave out the tag {shorten(tag)}")
     if link and format not in FOLDER_FORMATS:
         raise CacheError(
             f"only a folder can have links: use the format {' or '.join(FOLDER_FORMATS)}, or leave out --link"

@@ -18,8 +18,8 @@ from cachedb import oci
 from cachedb.content.documents import read_attached, read_closure, read_document
 from cachedb.content.held import hold_images
 from cachedb.content.session import Session
-from cachedb.disk.reader import open_blob
-from cachedb.errors import IncompleteImage, InvalidName, NotInCache, StorageError
+from cachedb.disk.reader import missing_file_error, open_blob
+from cachedb.errors import IncompleteImage, InvalidName, NotInCache
 from cachedb.index import images
 from cachedb.index.records import BlobInfo
 from cachedb.index.sqlite.database import Database
@@ -123,7 +123,7 @@ class Target:
         try:
             file = open_blob(self._directory, blob.digest)
         except NotInCache:
-            raise StorageError(f"the file of {blob.digest} is missing: run `cachedb verify`") from None
+            raise missing_file_error(blob.digest) from None
         with file:
             self.repository.put_blob(blob.digest, blob.size, file, advance)
 

@@ -90,7 +90,7 @@ def prepare(database: Database, *, create: bool = True, upgrade: bool = False) -
         found = database.revision()
         return found if found == REVISION else None
 
-    # Of many processes one migrates; the others wait here and not at the write lock, so they delay no writer.
+    # One process migrates; the others wait here and not at the write lock, so they delay no writer.
     with single_flight.claim_or_find(database.directory, "schema", find, seconds=database.wait_seconds) as found:
         if found is None:
             migrate(database)

@@ -20,7 +20,7 @@ from cachedb.reports.words import Row, fetch_rows, format_time
 
 __all__ = [
     "UNUSED_DAYS",
-    "Outdated",
+    "OutdatedBase",
     "Removal",
     "count_outdated_bases",
     "fetch_holds",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-UNUSED_DAYS: Final = 30  # an image that was used since then is not proposed
+UNUSED_DAYS: Final = 30  # an image that was used in the last so many days is not proposed
 _PROPOSED_IMAGES: Final = 500  # the most images that one command removes
 
 
@@ -40,10 +40,10 @@ class Removal(NamedTuple):
 
     names: list[str]  # least recently used first
     freed: int  # bytes
-    candidates: int  # images that were not used for as long, and that nothing holds
+    candidates: int  # images that were not used for `UNUSED_DAYS`, and that nothing holds
 
 
-class Outdated(NamedTuple):
+class OutdatedBase(NamedTuple):
     """A base image that has a newer build in the cache."""
 
     base: str
@@ -106,18 +106,21 @@ def fetch_holds(connection: Connection) -> list[HoldInfo]:
     return sorted(read_holds(connection), key=lambda hold: (-hold.size, hold.id))
 
 
-def count_outdated_bases(connection: Connection) -> tuple[list[Outdated], set[str]]:
-    """Return the bases that have a newer build, those of most images first, and the names of all those images."""
+def count_outdated_bases(connection: Connection) -> tuple[list[OutdatedBase], set[str]]:
+    """Return the bases that have a newer build, and the names of all images on them.
+
+    The base of the most images comes first.
+    """
     rows = connection.exec_driver_sql(load_built_in("outdated-bases").query).all()
     images: dict[tuple[str, str], int] = {}
     for row in rows:
         images[row.base, row.newer] = images.get((row.base, row.newer), 0) + 1
-    found = [Outdated(base, newer, count) for (base, newer), count in images.items()]
+    found = [OutdatedBase(base, newer, count) for (base, newer), count in images.items()]
     return sorted(found, key=lambda base: (-base.images, base)), {row.name for row in rows}
 
 
 def format_command_line(directory: Path, command: str, names: Sequence[str]) -> str:
-    """Return a command for the shell, with a line for each name; empty if it cannot be shown exactly.
+    """Return a command for the shell, a line for each name; empty if it cannot be shown exactly.
 
     Args:
         directory: the cache directory.
@@ -126,7 +129,7 @@ def format_command_line(directory: Path, command: str, names: Sequence[str]) -> 
     """
     words = ["cachedb", "--dir", str(directory), command, *names]
     if not all(word.isprintable() for word in words):
-        return ""  # escaped control characters would make other words
+        return ""  # escaping a control character would change the word
     first = " ".join(map(shlex.quote, words[:4]))
     separator = " " if len(names) < 2 else " \\\n  "
     return separator.join([first, *map(shlex.quote, names)])

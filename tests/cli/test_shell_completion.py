@@ -92,14 +92,14 @@ def test_bash_completes_commands_names_and_digests(
 
 
 def type_in_zsh(zsh: str, environment: dict[str, str], typed: str) -> str:
-    """Type a command line, a tab and more in an interactive zsh; return the line that it would run."""
+    """Type a text with a tab in an interactive zsh; return the completed line."""
     master, slave = pty.openpty()
     settings = {**environment, "TERM": "dumb", "PS1": "", "ZDOTDIR": environment["HOME"]}
+    # The option -d skips /etc/zsh/zshrc, which calls `compinit` on Debian.
     process = subprocess.Popen(
         [zsh, "-d", "-i"], stdin=slave, stdout=slave, stderr=slave, env=settings, start_new_session=True
     )
     os.close(slave)
-    # The option -d skips /etc/zsh/zshrc, which calls `compinit` on Debian.
     # Control-A goes to the start of the line, and `print` shows the rest of it instead of running it.
     os.write(master, f"{typed}\x01print -r -- '<'\x05'>'; exit\n".encode())
     shown = b""
@@ -134,6 +134,7 @@ def test_zsh_completes_commands_names_and_digests(
     (tmp_path / ".zshrc").write_text(f"setopt no_beep\n{zshrc}\n")
     assert type_in_zsh(zsh, environment, "cachedb exi\t") == "cachedb exists"
     assert type_in_zsh(zsh, environment, "cachedb show app:12\t") == "cachedb show app:12"
+    # That is the common prefix of app:1 and app:12.
     assert type_in_zsh(zsh, environment, "cachedb show ap\t") == "cachedb show app:1"
     digest = MADE.digest
     assert type_in_zsh(zsh, environment, f"cachedb blob cat {digest[:12]}\t") == f"cachedb blob cat {digest}"
@@ -154,7 +155,7 @@ def test_completion_without_a_shell_says_how_to_install_it(
 ) -> None:
     monkeypatch.setenv("SHELL", shell)
     done = cachedb("completion")
-    message = f"cachedb: expected a shell: {advice}; see `cachedb completion --help`\n"
+    message = f"cachedb: no shell is given: {advice}; see `cachedb completion --help`\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 

@@ -946,9 +946,9 @@ def test_a_second_row_of_alembic_version_is_drift_and_blocks_changes(directory: 
     if version == "0002":
         change_index(directory, f"DELETE FROM alembic_version WHERE version_num = '{REVISION}'")
         change_index(directory, f"INSERT INTO alembic_version VALUES ('{REVISION}')")
-        with pytest.raises(SchemaMismatch, match="2 rows"):
+        with pytest.raises(SchemaMismatch, match="the rows .*: delete all but one"):
             upgrade.upgrade(directory)
-    with pytest.raises(SchemaMismatch, match="2 rows"):
+    with pytest.raises(SchemaMismatch, match="the rows .*: delete all but one"):
         upgrade.downgrade(directory, "0001")
     assert list_backups(directory) == []
 

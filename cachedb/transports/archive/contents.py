@@ -201,9 +201,13 @@ class Contents:
         found = self.find_blob(blob)
         data = read_small(found.section, found.what, InvalidManifest)
         if len(data) != blob.size:
-            raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}")
+            raise DigestMismatch(
+                f"{found.what} should be {blob.size} bytes, and is {len(data)}: save or download the archive again"
+            )
         if digest_of(data, blob.digest) != blob.digest:
-            raise DigestMismatch(f"{found.what} in the archive does not match its digest")
+            raise DigestMismatch(
+                f"{found.what} in the archive does not match its digest: save or download the archive again"
+            )
         return data
 
 

@@ -167,7 +167,7 @@ class Tar:
         """Return the content of a file or link, or None if there is no such file."""
         last = self._follow_links(f"{self._folder}{_normalize_name(name)}")
         if last in self._outside:
-            raise InvalidArchive(f"the link {shorten(last)} in the archive leads out of it: put the file in its place")
+            raise InvalidArchive(f"the link {shorten(last)} leads out of the archive: replace the link with the file")
         place = self._files.get(last)
         return None if place is None else Section(self._descriptor, *place)
 

@@ -70,7 +70,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
                 raise InvalidArchive("the archive has a header of over 1 MiB, or too many: not an image")
             data = os.pread(descriptor, size, start)
             if len(data) < size:
-                raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}")
+                raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}: save or download it again")
             extended.update(_parse_extended(kind, data, offset))
             offset = start + _pad_size(size)
             continue
@@ -153,7 +153,7 @@ def _pad_size(size: int) -> int:
 
 def _parse_decimal(digits: bytes, offset: int) -> int:
     if not digits.isdigit() or len(digits) > 19:
-        raise InvalidArchive(f"the archive is damaged at byte {offset}")
+        raise InvalidArchive(f"the archive is damaged at byte {offset}: save or download it again")
     return int(digits)
 
 

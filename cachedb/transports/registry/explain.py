@@ -132,7 +132,10 @@ def explain_refusal(place: Place, what: str, response: urllib3.BaseHTTPResponse,
     if response.status == 407 and (proxy := find_proxy(url)):
         return _explain_proxy(proxy, host, detail)
     if response.status in (401, 403) and host.role == "other host":
-        return RegistryError(f"{host.name} refuses {what} ({detail}): its link may have expired, or the clock is wrong")
+        return RegistryError(
+            f"{host.name} refuses {what} ({detail}): the link may have expired: check "
+            "the clock of this host, and try again"
+        )
     if response.status in (401, 403):
         return RegistryError(
             f"{host.name} refuses {what} ({detail}): log in with `skopeo login {registry}` or "

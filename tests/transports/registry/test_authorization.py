@@ -57,8 +57,8 @@ def write_login(tmp_path: Path, remote: Registry, **entry: str) -> Path:
 # Challenges
 
 
-class Hiding(Registry):
-    """A registry that refuses the anonymous without a challenge, except at its base URL."""
+class HidingRegistry(Registry):
+    """A registry that sends a challenge only at its base URL."""
 
     def __init__(self, status: int) -> None:
         super().__init__(auth="basic")
@@ -73,7 +73,7 @@ class Hiding(Registry):
 def test_a_hidden_repository_is_read_after_the_challenge_of_the_base_url(
     cache: Cache, tmp_path: Path, status: int
 ) -> None:
-    with Hiding(status) as remote:
+    with HidingRegistry(status) as remote:
         name, authfile = remote.add(IMAGE, "app", "1"), write_login(tmp_path, remote)
         cache.pull(name, authfile=authfile)
         assert cache.is_image_complete(name)
@@ -83,7 +83,7 @@ def test_a_hidden_repository_is_read_after_the_challenge_of_the_base_url(
 
 
 def test_without_credentials_the_base_url_is_not_asked(cache: Cache, tmp_path: Path) -> None:
-    with Hiding(404) as remote:
+    with HidingRegistry(404) as remote:
         with pytest.raises(RegistryError, match="has no app:1"):
             cache.pull(remote.add(IMAGE, "app", "1"))
         assert remote.count(path="/v2/$") == 0
@@ -113,7 +113,7 @@ def test_credentials_are_read_once_until_they_are_refused(
         return find(registry, *arguments, **options)
 
     monkeypatch.setattr(authorization, "find", note)
-    with Hiding(404) as remote:
+    with HidingRegistry(404) as remote:
         name, authfile = remote.add(IMAGE, "app", "1"), write_login(tmp_path, remote)
         cache.pull(name, authfile=authfile)
         assert read == [remote.host]
@@ -128,7 +128,7 @@ def test_credentials_are_read_once_until_they_are_refused(
     ) as repository:
         for count in (1, 2):
             repository.digest("1")
-            assert len(read) == count, "a helper may have another token now"
+            assert len(read) == count, "a helper may return a new token, so a refusal reads credentials again"
             guarded.tokens.clear()
 
 
