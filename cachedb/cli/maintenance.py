@@ -276,7 +276,8 @@ def df(names: tuple[str, ...], verbose: bool, filters: Filters | None, output: O
     """Show the disk usage of the cache, or of the images that match, exact to the byte.
 
     A blob is unique if one image uses it, and shared if several do. A blob of no image is held if a hold or a process
-    keeps it. All other blobs are reclaimable by `cachedb gc`.
+    keeps it. All other blobs are reclaimable: `gc` and `prune` free them. They also free old partial downloads, which
+    nobody has resumed for a day, and the trash. All other files stay. The last row, used, is the size of all files.
 
     With names, patterns or filters, a blob is unique if only the selected images use it. Then each of them is listed.
     --columns chooses columns of that list.
@@ -327,8 +328,9 @@ def _list_counts(images: int, incomplete: int, shares: dict[str, Share]) -> list
 
 def _list_totals(found: Usage, leftovers: list[Leftover]) -> list[dict[str, Any]]:
     shares = {name: getattr(found, name) for name in ("stored", "unique", "shared", "held", "reclaimable")}
-    sizes = {"saved by sharing": found.saved_size, "index": found.index_size}
-    sizes |= {name: size for name, size in {**found.folder_sizes, "reserve": found.reserve_size}.items() if size}
+    sizes = {"saved by sharing": found.saved_size}
+    sizes |= {name: size for name, size in found.file_sizes.items() if size}
+    sizes["used"] = found.used_size
     rows = _list_counts(found.images, found.incomplete, shares)
     rows += [{"name": name, "count": None, "size": size} for name, size in sizes.items()]
     if leftovers:

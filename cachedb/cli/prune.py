@@ -275,13 +275,17 @@ _PLAN_FIELDS: Final = (
 )
 
 
+_SIZE_FIELDS: Final = (Field("name", "name"), Field("size", "size", format_size, right=True))
+
+
 def _describe_planned(image: PlannedImage) -> dict[str, Any]:
     return {**image._asdict(), "name": str(image.name)}
 
 
 def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None:
     images = list(map(_describe_planned, plan.images))
-    document = {**plan._asdict(), "images": images, "missing_size": plan.missing_size}
+    sums = {"garbage_size": plan.garbage_size, "missing_size": plan.missing_size}
+    document = {**plan._asdict(), "images": images, **sums}
     if file is not None:
         write_text(file, f"{_format_json(document)}\n")
     if form == "json":
@@ -289,22 +293,37 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
     elif quiet:
         _print_names(image.name for image in plan.images)
     else:
-        if images and file is None:
-            print_records(images, _PLAN_FIELDS, Output("table", (), has_heading=True))
-            click.echo()
+        if file is None:
+            _print_sizes("freed first", plan.garbage_sizes)
+            if images:
+                print_records(images, _PLAN_FIELDS, Output("table", (), has_heading=True))
+                click.echo()
+            _print_sizes("kept", plan.kept_sizes)
         click.echo(f"would prune {_describe_freed(len(images), plan.garbage_size + plan.freed_size)}")
     _check_missing(plan.missing_size, plan.kept_sizes)
 
 
+def _print_sizes(heading: str, sizes: Mapping[str, int]) -> None:
+    """Print a table of the sizes that are not 0, the largest first, and an empty line."""
+    records = [{"name": name, "size": size} for name, size in _sort_sizes(sizes)]
+    if records:
+        name, size = _SIZE_FIELDS
+        print_records(records, (name._replace(column=heading), size), Output("table", (), has_heading=True))
+        click.echo()
+
+
+def _sort_sizes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(((name, size) for name, size in sizes.items() if size), key=lambda pair: -pair[1])
+
+
 def _print_pruned(pruned: Pruned, policy: Policy, form: str, *, quiet: bool) -> None:
-    freed_size = pruned.garbage.bytes + pruned.freed_size
+    freed_size = sum(pruned.garbage_sizes.values()) + pruned.freed_size
     if form == "json":
         images = [{"name": str(name)} for name in pruned.images]
         skipped = [{"name": str(image.name), "reason": image.reason} for image in pruned.skipped]
         garbage = {"blobs": pruned.garbage.blobs, "size": pruned.garbage.bytes}
-        kept = dict(pruned.kept_sizes)
-        document = {"images": images, "skipped": skipped, "garbage": garbage, "kept_sizes": kept}
-        print_json({**pruned._asdict(), **document})
+        sizes = {"garbage_sizes": dict(pruned.garbage_sizes), "kept_sizes": dict(pruned.kept_sizes)}
+        print_json({**pruned._asdict(), "images": images, "skipped": skipped, "garbage": garbage, **sizes})
     elif quiet:
         _print_names(pruned.images)
     else:
@@ -337,11 +356,12 @@ def _check_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> None:
         CacheError: with what keeps the space.
     """
     if missing_size:
-        largest = sorted(kept_sizes.items(), key=lambda pair: -pair[1])
-        kept = ", ".join(f"{reason} {format_size(size)}" for reason, size in largest if size)
+        problem = f"cannot free {format_size(missing_size)} more, because"
+        if not kept_sizes:
+            raise CacheError(f"{problem} planned images have been used or held since: prune again later")
+        kept = ", ".join(f"{format_size(size)} {name}" for name, size in _sort_sizes(kept_sizes))
         raise CacheError(
-            f"cannot free {format_size(missing_size)} more; the space is kept by: {kept}: change the policy, or "
-            "release holds"
+            f"{problem} the rest stays ({kept}): raise the limit, change what the policy keeps, or release holds"
         )
 
 

@@ -9,7 +9,6 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from cachedb.disk import single_flight
 from cachedb.disk.folders import Folders
@@ -17,7 +16,7 @@ from cachedb.disk.layout import partial_digest
 from cachedb.errors import os_errors
 from cachedb.oci.digests import Digest
 
-__all__ = ["claim_key", "find_resumable_bytes", "remove_stale_downloads", "sum_stale_downloads"]
+__all__ = ["claim_key", "find_resumable_bytes", "is_stale", "remove_stale_downloads"]
 
 
 _STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
@@ -87,7 +86,7 @@ def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> 
     """
     found = False
     with os_errors("clean up after a download"), suppress(FileNotFoundError), folders.open("ingest/partial") as partial:
-        for name, digest, _ in _list_stale(partial, age):
+        for name, digest in _list_stale(partial, age):
             with (
                 suppress(FileNotFoundError),
                 single_flight.try_claim(folders.directory, claim_key(digest)) as has_claim,
@@ -98,28 +97,22 @@ def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> 
     return found
 
 
-def sum_stale_downloads(directory: Path) -> int:
-    """Return the bytes of the partial downloads that `remove_stale_downloads` removes.
+def is_stale(name: str, status: os.stat_result, *, age: float = _STALE_SECONDS) -> bool:
+    """Return whether a file in ``ingest/partial/`` is one that `remove_stale_downloads` removes.
 
     Args:
-        directory: of the cache, which may be read-only.
+        name: of the file.
+        status: of the file itself, not of what a link leads to.
+        age: seconds without a change.
     """
-    with os_errors("read the cache"), suppress(FileNotFoundError):
-        partial = os.open(directory / "ingest" / "partial", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            return sum(size for _, _, size in _list_stale(partial, _STALE_SECONDS))
-        finally:
-            os.close(partial)
-    return 0
+    return partial_digest(name) is not None and stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime >= age
 
 
-def _list_stale(partial: int, age: float) -> Iterator[tuple[str, Digest, int]]:
-    """Yield the name, the digest and the bytes of each partial download that is old enough."""
+def _list_stale(partial: int, age: float) -> Iterator[tuple[str, Digest]]:
+    """Yield the name and the digest of each partial download that is old enough."""
     for name in os.listdir(partial):
-        digest = partial_digest(name)
-        if digest is None:
-            continue  # not a download of ours
         with suppress(FileNotFoundError):
-            status = os.stat(name, dir_fd=partial, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime >= age:
-                yield name, digest, status.st_size
+            if is_stale(name, os.stat(name, dir_fd=partial, follow_symlinks=False), age=age):
+                digest = partial_digest(name)
+                assert digest is not None
+                yield name, digest

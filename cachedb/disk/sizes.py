@@ -5,28 +5,45 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from cachedb.disk.downloads import is_stale
+from cachedb.disk.layout import POLICY_FILE, trash_digest
 from cachedb.disk.marker import MARKER
 from cachedb.errors import os_errors
 
 __all__ = ["FileSizes", "FileSystem", "measure_file_system", "measure_files"]
 
 
-_FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
+_KEPT: Final = (
+    "index",
+    "policy",
+    "partial downloads",
+    "ingest",
+    "locks",
+    "quarantine",
+    "backups",
+    "reserve",
+    "other files",
+)
+_FREED: Final = ("old partial downloads", "trash")
 
 
 class FileSizes(NamedTuple):
-    """The bytes of all files of a cache except its blobs."""
+    """The bytes of all files of a cache except its blobs, by what they are; `df` and plans have the same words."""
 
-    index_size: int  # of the index and the marker
-    folder_sizes: dict[str, int]  # by folder; ingest includes interrupted downloads
-    reserve_size: int  # released when the disk is full
+    kept: dict[str, int]  # files that stay
+    freed: dict[str, int]  # files that a prune or a collection removes
 
     @property
     def total_size(self) -> int:
         """The bytes of all of them."""
-        return self.index_size + sum(self.folder_sizes.values()) + self.reserve_size
+        return sum(self.kept.values()) + self.freed_size
+
+    @property
+    def freed_size(self) -> int:
+        """The bytes that a prune or a collection frees."""
+        return sum(self.freed.values())
 
 
 class FileSystem(NamedTuple):
@@ -37,16 +54,20 @@ class FileSystem(NamedTuple):
 
 
 def measure_files(directory: Path) -> FileSizes:
-    """Return the sizes of the files of a cache.
+    """Return the sizes of the files of a cache outside ``blobs/``, without those in folders that this user cannot read.
 
     Raises:
-        StorageError: if a folder of the cache cannot be read.
+        StorageError: if a file of the cache cannot be read.
     """
-    return FileSizes(
-        sum(map(_measure_file, [*directory.glob("index.db*"), directory / MARKER])),
-        {name: sum(map(_measure_file, _walk_files(directory / name))) for name in _FOLDERS},
-        _measure_file(directory / "reserve"),
-    )
+    sizes = dict.fromkeys((*_KEPT, *_FREED), 0)
+    for folder, name in _walk_files(directory):
+        with os_errors("read the cache"):
+            try:
+                status = Path(directory, folder, name).lstat()
+            except FileNotFoundError:
+                continue
+            sizes[_classify(folder, name, status)] += status.st_size
+    return FileSizes({kind: sizes[kind] for kind in _KEPT}, {kind: sizes[kind] for kind in _FREED})
 
 
 def measure_file_system(directory: Path) -> FileSystem:
@@ -60,15 +81,28 @@ def measure_file_system(directory: Path) -> FileSystem:
     return FileSystem(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
 
-def _walk_files(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
+def _walk_files(directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield the folder and the name of each file outside ``blobs/``; the folder is relative to the cache."""
+    for place, folders, names in os.walk(directory):
+        folder = os.path.relpath(place, directory)
+        if folder == ".":
+            folder = ""
+            folders[:] = [name for name in folders if name != "blobs"]
         for name in names:
-            yield Path(place, name)
+            yield folder, name
 
 
-def _measure_file(path: Path) -> int:
-    with os_errors("read the cache"):
-        try:
-            return path.lstat().st_size
-        except FileNotFoundError:
-            return 0
+def _classify(folder: str, name: str, status: os.stat_result) -> str:
+    """Return what a file is: one of the words of `_KEPT` and `_FREED`."""
+    first = folder.partition("/")[0]
+    if not folder:
+        if name.startswith("index.db") or name == MARKER:
+            return "index"
+        return {POLICY_FILE: "policy", "reserve": "reserve"}.get(name, "other files")
+    if folder == "ingest/partial":
+        return "old partial downloads" if is_stale(name, status) else "partial downloads"
+    if folder == "trash" and trash_digest(name) is None:
+        return "other files"  # not ours, so it stays
+    if first == "reserve.inodes":
+        return "reserve"
+    return first if first in ("backups", "ingest", "locks", "quarantine", "trash") else "other files"

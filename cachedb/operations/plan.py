@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from sqlalchemy import select
 
-from cachedb.disk.downloads import sum_stale_downloads
 from cachedb.disk.sizes import measure_file_system, measure_files
 from cachedb.index import eviction, images
 from cachedb.index.eviction import RankedImage
@@ -53,8 +52,13 @@ class Plan(NamedTuple):
     images: list[PlannedImage]  # in the order of removal
     freed_size: int  # bytes that the images free
     needed_size: int  # bytes that the limits require to free, garbage included; 0 without limits
-    garbage_size: int  # bytes that are freed before the images: garbage, old partial downloads and the trash
+    garbage_sizes: dict[str, int]  # bytes freed before the images: ``reclaimable`` blobs and some files
     kept_sizes: dict[str, int]  # bytes that nothing may free, by what keeps them; empty if the limits can be met
+
+    @property
+    def garbage_size(self) -> int:
+        """The bytes that are freed before the images."""
+        return sum(self.garbage_sizes.values())
 
     @property
     def missing_size(self) -> int:
@@ -95,13 +99,13 @@ def make_plan(database: Database, policy: Policy, *, to_free: int | None = None)
         CacheError: if the query of a rule takes too long.
     """
     answers = run_queries(database, policy)
-    files, stale_size = measure_files(database.directory), sum_stale_downloads(database.directory)
+    files = measure_files(database.directory)
     with database.read() as connection:
         rules = build_rules(connection, database, policy, answers)
-        garbage_size = eviction.sum_unleased_garbage(connection, rules) + files.folder_sizes["trash"] + stale_size
+        garbage_sizes = {"reclaimable": eviction.sum_unleased_garbage(connection, rules), **files.freed}
         total_size = eviction.sum_stored(connection) + files.total_size
         limit, needed_size = _find_need(database, policy.limits, total_size, to_free)
-        image_size = max(0, needed_size - garbage_size)  # to free by removing images
+        image_size = max(0, needed_size - sum(garbage_sizes.values()))  # to free by removing images
         ranked = eviction.rank_images(connection, rules, image_size)
         chosen = choose_least(connection, rules, ranked, image_size)
         sizes = eviction.read_sizes(connection, [image.id for image in chosen])
@@ -110,8 +114,8 @@ def make_plan(database: Database, policy: Policy, *, to_free: int | None = None)
         kept_sizes: dict[str, int] = {}
         if freed_size < image_size:
             kept_sizes = {_name_reason(number): size for number, size in eviction.sum_kept(connection, rules).items()}
-            kept_sizes["other files"] = files.total_size - files.folder_sizes["trash"] - stale_size
-    return Plan(planned, freed_size, needed_size, garbage_size, kept_sizes)
+            kept_sizes |= files.kept
+    return Plan(planned, freed_size, needed_size, garbage_sizes, kept_sizes)
 
 
 def _find_need(database: Database, limits: Limits, total_size: int, to_free: int | None) -> tuple[str, int]:

@@ -43,7 +43,8 @@ class Pruned(NamedTuple):
     skipped: list[KeptImage]  # planned images that have changed since, or are held now
     blobs: int  # that the images freed
     freed_size: int  # bytes of those
-    garbage: Collected = Collected(0, 0)  # what was freed before the images
+    garbage: Collected = Collected(0, 0)  # blobs of no image that were freed before the images
+    garbage_sizes: Mapping[str, int] = MappingProxyType({})  # bytes freed before the images: see `Plan`
     used_size: int = 0  # bytes of all files of the cache afterwards
     missing_size: int = 0  # bytes that the limits require, but that were not freed
     kept_sizes: Mapping[str, int] = MappingProxyType({})  # bytes that nothing may free: see `Plan`
@@ -85,11 +86,13 @@ def prune(
         if plan is None:  # before the collection, because garbage counts as freed
             made = database.reserve.run(lambda: make_plan(database, policy, to_free=to_free))
         else:
-            made = Plan(list(plan), 0, 0, 0, {})
+            made = Plan(list(plan), 0, 0, {}, {})
+        files = measure_files(database.directory)
         garbage = collect.collect_all(database)
         pruned = apply_plan(database, made.images, progress)
     return pruned._replace(
         garbage=garbage,
+        garbage_sizes={"reclaimable": garbage.bytes, **files.freed},
         used_size=_measure_used(database),
         missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size),
         kept_sizes=made.kept_sizes,

@@ -122,9 +122,8 @@ class Usage(NamedTuple):
     held: Share  # used by no image, but kept by a hold or a process
     reclaimable: Share  # used and kept by nothing: a collection would free it
     saved_size: int  # bytes that images would need in addition if they shared no blobs
-    index_size: int  # bytes of the index and the marker
-    folder_sizes: dict[str, int]  # bytes of files by folder; ingest includes interrupted downloads
-    reserve_size: int  # bytes released when the disk is full
+    file_sizes: dict[str, int]  # bytes of all other files, by what they are, such as ``index`` and ``quarantine``
+    used_size: int  # bytes of all files of the cache
     image_usage: list[ImageUsage]  # empty unless requested
 
 
@@ -177,9 +176,8 @@ def measure_usage(database: Database, *, by_image: bool = False) -> Usage:
         found["held"],
         found["reclaimable"],
         saved_size,
-        files.index_size,
-        files.folder_sizes,
-        files.reserve_size,
+        {**files.kept, **files.freed},
+        found["stored"].size + files.total_size,
         listed,
     )
 

@@ -187,7 +187,8 @@ def test_a_limit_that_cannot_be_met_is_exit_code_1_and_says_what_keeps_the_space
         done = cachedb("prune", "--max-size", "1kB", *options)
         assert done.returncode == 1
         assert re.fullmatch(
-            r"cachedb: cannot free [\d.]+ MB more; the space is kept by: other files [\d.]+ MB, held [\d.]+ k?B: .*\n",
+            r"cachedb: cannot free [\d.]+ MB more, because the rest stays "
+            r"\([\d.]+ MB reserve, [\d.]+ kB index, [\d.]+ kB held, .*\d+ B policy\): raise the limit, .*\n",
             done.stderr,
         )
     assert done.stdout.startswith("pruned 1 image, ")

@@ -115,8 +115,9 @@ def test_a_prune_frees_exactly_the_bytes_of_its_plan(
         assert sum(before.values()) - sum(after.values()) == plan.freed_size + plan.garbage_size
         assert after == stored_rows(cache.directory)
         if plan.missing_size:
-            kept_size = sum(plan.kept_sizes.values()) - plan.kept_sizes["other files"]
-            assert kept_size == sum(after.values())
+            files = measure_files(cache.directory).kept
+            kept_blobs = {name: size for name, size in plan.kept_sizes.items() if name not in files}
+            assert sum(kept_blobs.values()) == sum(after.values())
         else:
             assert plan.kept_sizes == {}
 
@@ -477,13 +478,17 @@ def test_garbage_counts_before_images(cache: Cache) -> None:
     download = partial / f"sha256-{'0' * 64}"
     download.write_bytes(b"y" * 500)
     plan = cache.plan_prune(to_free=9000)
-    assert (plan.garbage_size, plan.images) == (9000, [])
+    assert (plan.garbage_sizes, plan.images) == ({"reclaimable": 9000, "old partial downloads": 0, "trash": 0}, [])
     os.utime(download, (0, 0))
-    plan = cache.plan_prune(to_free=9501)
-    assert (plan.garbage_size, names_of(plan)) == (9500, ["app:1"])
-    done = cache.prune(to_free=9500)
+    trash = cache.directory / "trash" / f"sha256-{'1' * 64}"
+    trash.write_bytes(b"z" * 30)
+    plan = cache.plan_prune(to_free=9531)
+    assert (plan.garbage_size, names_of(plan)) == (9530, ["app:1"])
+    done = cache.prune(to_free=9530)
     assert (done.images, done.garbage) == ([], (1, 9000))
+    assert done.garbage_sizes == {"reclaimable": 9000, "old partial downloads": 500, "trash": 30} == plan.garbage_sizes
     assert not download.exists()
+    assert not trash.exists()
 
 
 def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
@@ -501,7 +506,7 @@ def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
         "keep 1": sizes["keep/a:1"],
         "held": sizes["held:1"] + len(held_blob),
         "used within 10 minutes": sizes["recent:1"],
-        "other files": measure_files(cache.directory).total_size,
+        **measure_files(cache.directory).kept,
     }
 
 
@@ -510,8 +515,7 @@ def test_a_prune_says_what_is_used_and_what_is_missing_afterwards(cache: Cache) 
     cache.add_hold("app:1")
     pruned = cache.prune(Policy(Limits(max_size=1000)))
     usage = cache.get_usage()
-    files_size = usage.index_size + sum(usage.folder_sizes.values()) + usage.reserve_size
-    assert pruned.used_size == usage.stored.size + files_size
+    assert pruned.used_size == usage.used_size
     assert pruned.missing_size > 0
     assert pruned.kept_sizes["held"] == usage.stored.size
     assert cache.prune(ALL).missing_size == 0
