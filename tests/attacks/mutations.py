@@ -181,6 +181,7 @@ MUTATIONS = [
     Mutation("no file of the cache is stdin, stdout or stderr", "cachedb/cli/streams.py", '    for name in ("stdin", "stdout", "stderr"):', '    for name in ("stdout", "stderr"):', "tests/cli/test_streams.py -k takes_the_place"),
     Mutation("a result that could not be printed is an error", "cachedb/cli/main.py", "        sys.stdout.flush()\n        sys.exit(code)\n", "        sys.exit(code)\n", "tests/cli/test_streams.py -k full_stdout"),
     # Collection
+    Mutation("a prune leaves the blobs of a pull", "cachedb/content/collect.py", "    ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),\n", "", "tests/attacks/test_prune_beside_pull.py"),
     Mutation("a leased blob is not collected", "cachedb/content/collect.py", "    ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),\n", "", "tests/content/test_collect.py"),
     Mutation("a referenced blob is not collected", "cachedb/content/collect.py", "    ~select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists(),\n", "", "tests/content/test_collect.py"),
     Mutation("a blob that was stored again is not moved to the trash", "cachedb/content/collect.py", "            stored_again = read_stored_sizes(connection, digests)\n", "            stored_again = {}\n", "tests/content/test_collect.py tests/attacks/test_interleavings.py"),
