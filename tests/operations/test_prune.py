@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,8 @@ from cachedb.disk import single_flight
 from cachedb.disk.sizes import FileSystem, measure_files
 from cachedb.oci.manifests import OCI_LAYER, OCI_MANIFEST
 from cachedb.operations import least, prune
-from tests.conftest import files_of, snapshot, stored_rows
+from cachedb.operations.policy import format_policy
+from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.content.test_describe import make_config, make_image
 from tests.index.test_filters import age
 from tests.support import make
@@ -252,11 +253,18 @@ def use_before(cache: Cache) -> None:
     age(cache, "last_used_at", "team/kept:1", hours=3)
 
 
+@contextmanager
+def work_with(cache: Cache) -> Iterator[None]:
+    with cache.hold("team/kept:1"):
+        age(cache, "last_used_at", "team/kept:1", days=9)
+        yield
+
+
 def nothing(_: Cache) -> None:
     pass
 
 
-KEEPS: dict[str, tuple[Callable[[Cache], None], tuple[Keep, ...]]] = {
+KEEPS: dict[str, tuple[Callable[[Cache], AbstractContextManager[None] | None], tuple[Keep, ...]]] = {
     "a name": (nothing, (Keep(names=("gone:1", "team/kept:1")), Keep(names=("nope",)))),
     "a pattern": (nothing, (Keep(names=("nope:*", "team/*")),)),
     "an expression": (nothing, (Keep(names=("re:kept",)),)),
@@ -269,13 +277,46 @@ KEEPS: dict[str, tuple[Callable[[Cache], None], tuple[Keep, ...]]] = {
     "a time since it came": (nothing, (Keep(added_within=3600),)),
     "a query": (nothing, (Keep(sql="SELECT name FROM image_usage WHERE repository LIKE 'team/%' UNION SELECT 7"),)),
     "a hold": (hold, ()),
+    "a lease of a process": (work_with, ()),
     "a use a moment ago": (use, ()),
 }  # fmt: skip
+"""Ways to keep the image team/kept:1: what happens to it before a prune, and the rules of the policy."""
 
 
-@pytest.mark.parametrize("how", ["rules", "limit", "plan"])
+def prune_by_rules(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
+    assert cache.prune(ALL._replace(keep=keep)).skipped == []
+
+
+def prune_for_a_limit(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
+    assert cache.prune(Policy(keep=keep), to_free=1 << 40).skipped == []
+
+
+def prune_by_a_plan(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
+    plan = cache.plan_prune(Policy(keep=keep), to_free=1 << 40)
+    done = cache.prune(plan=plan.images)
+    assert (done.images, done.skipped) == ([image.name for image in plan.images], [])
+
+
+def apply_a_plan(cache: Cache, cachedb: Run, keep: tuple[Keep, ...]) -> None:
+    cache.set_policy(format_policy(ALL._replace(keep=keep)))
+    path = cache.directory.with_name("plan.json")
+    for option in ("--plan", "--apply"):
+        done = cachedb("prune", option, path)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+WAYS: dict[str, Callable[[Cache, Run, tuple[Keep, ...]], None]] = {
+    "rules": prune_by_rules,
+    "a limit": prune_for_a_limit,
+    "a plan": prune_by_a_plan,
+    "--apply": apply_a_plan,
+}
+"""Ways to remove all images that nothing keeps."""
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KEEPS)
-def test_what_is_kept_stays_whatever_removes_images(cache: Cache, kind: str, how: str) -> None:
+def test_what_is_kept_stays_whatever_removes_images(cache: Cache, cachedb: Run, kind: str, way: str) -> None:
     keep_it, keep = KEEPS[kind]
     labelled = make_image(make_config(1, architecture="s390x", config={"Labels": {"keep": "yes"}}), 1)
     make.save(cache, "team/kept:1", labelled)
@@ -286,16 +327,12 @@ def test_what_is_kept_stays_whatever_removes_images(cache: Cache, kind: str, how
     if kind == "a name":
         cache.tag("team/kept:1", "gone:1")
         age(cache, "last_used_at", "gone:1", days=3)
-    keep_it(cache)
-    policy = ALL._replace(keep=keep) if how == "rules" else Policy(keep=keep)
-    to_free = 1 << 40 if how != "rules" else None
-    plan = cache.plan_prune(policy, to_free=to_free)
-    done = cache.prune(plan=plan.images) if how == "plan" else cache.prune(policy, to_free=to_free)
-    assert done.skipped == []
-    expected = ["gone:1", "team/kept:1"] if kind == "a name" else ["team/kept:1"]
-    assert cache.list_names() == expected
-    assert cache.is_image_complete("team/kept:1")
-    assert done.images == names_of(plan)
+    with keep_it(cache) or nullcontext():
+        WAYS[way](cache, cachedb, keep)
+        expected = ["gone:1", "team/kept:1"] if kind == "a name" else ["team/kept:1"]
+        assert cache.list_names() == expected
+        assert cache.is_image_complete("team/kept:1")
+        check_whole(cache)
 
 
 def test_an_image_that_a_process_works_with_is_kept(cache: Cache) -> None:
