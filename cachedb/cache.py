@@ -866,7 +866,8 @@ class Cache:
                     ...
 
         The query sees the index as of one moment, and blocks no writer. All rows are read before the block begins, so
-        that a fork need not wait for the block. Many rows are kept in a temporary file.
+        that a fork need not wait for the block. Many rows are kept in a temporary file of at most 1 GiB. SQLite's own
+        temporary files for sorts and joins in this process are limited to 1 GiB, too.
 
         Args:
             query: SQL as SQLite understands it, with the extra functions ``human(bytes)`` and ``ago(time)``.
@@ -878,7 +879,7 @@ class Cache:
 
         Raises:
             InvalidQuery: if the query is invalid, or would do more than read.
-            CacheError: if the query takes longer than ``timeout``.
+            CacheError: if the query takes longer than ``timeout``, or its temporary files are too large.
         """
         from cachedb.index.sqlite.query import run_query
 
@@ -914,7 +915,7 @@ class Cache:
             InvalidQuery: if a value is missing or has the wrong type, an image is not in the cache, or the report's
                 SQL is invalid.
             StorageError: if the report's file cannot be read.
-            CacheError: if the query takes longer than ``timeout``.
+            CacheError: as in `sql`.
         """
         from cachedb.index.sqlite.query import run_query
         from cachedb.reports.named import load_report

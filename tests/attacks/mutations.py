@@ -602,6 +602,8 @@ MUTATIONS = [
     Mutation("a search in a query takes linear time", "cachedb/index/sqlite/query.py", '    if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):\n', "    if False:\n", "tests/index/sqlite/test_query.py -k uses_our_functions"),
     Mutation("the size of a replacement is checked before it is made", "cachedb/index/sqlite/query.py", "    if len(where) + where.count(old) * (len(new) - len(old)) >", "    if 0 >", "tests/index/sqlite/test_query.py -k value_has_a_size"),
     Mutation("a query of slow steps is interrupted in time", "cachedb/index/sqlite/query.py", "_CHECK_OPCODES = 2_000 ", "_CHECK_OPCODES = 2_000_000 ", "tests/index/sqlite/test_query.py -k long_steps"),
+    Mutation("SQLite's temporary files have a size limit", "cachedb/index/sqlite/query.py", "        files.check()\n", "", "tests/index/sqlite/test_query.py -k sqlites_temporary"),
+    Mutation("the file of a result has a size limit", "cachedb/index/sqlite/query.py", "        if size > _TEMPORARY_BYTES:\n            raise CacheError(\n                f\"the rows", "        if False:\n            raise CacheError(\n                f\"the rows", "tests/index/sqlite/test_query.py -k file_of_a_result"),
     Mutation("no cell is a formula", "cachedb/cli/output.py", "    if value.startswith(_FORMULA) and", "    if False and", "tests/index/sqlite/test_query.py -k formula"),
     Mutation("a number in a cell stays a number", "cachedb/cli/output.py", " and not _NUMBER.fullmatch(value):", ":", "tests/index/sqlite/test_query.py -k number"),
     Mutation("a cell of Markdown contains no HTML", "cachedb/cli/output.py", "html.escape(re.sub", "str(re.sub", "tests/index/sqlite/test_query.py -k markdown"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import marshal
+import os
 import re
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from tempfile import SpooledTemporaryFile
@@ -31,6 +32,9 @@ _CHECK_OPCODES = 2_000  # opcodes of SQLite's virtual machine between two checks
 _FORK_WAIT_SECONDS = 0.1  # a fork waits this long for the first try of a query; then the query stops and starts anew
 _IN_MEMORY_BYTES = 4 * 1024 * 1024  # a larger result goes to a temporary file
 _BATCH_BYTES = 64 * 1024  # rows are written to that file in batches of about this size
+_TEMPORARY_BYTES = 1024**3  # a query may write so much to that file, and SQLite so much to files of its own
+_MEASURE_SECONDS = 0.1  # between two looks at SQLite's files
+_OPEN_FILES = "/proc/self/fd"
 _STORAGE_CODES = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}
 )
@@ -113,7 +117,7 @@ def run_query(
 
     Raises:
         InvalidQuery: if the query is invalid, or would do more than read.
-        CacheError: if the query takes too long, or a fork ended it.
+        CacheError: if the query takes too long or too much space, or a fork ended it.
     """
     end = None if timeout is None else time.monotonic() + timeout
     if stream:
@@ -182,7 +186,13 @@ def _begin_query(
     connection.create_function("ago", 1, callbacks.function(_ago))
     _limit_opcodes(connection, query)
     # Python handles signals only when SQLite calls back into Python.
-    handler = callbacks.progress_handler(lambda: should_stop() or (end is not None and time.monotonic() > end))
+    files = _TemporaryFiles()
+
+    def should_end() -> bool:
+        files.check()
+        return should_stop() or (end is not None and time.monotonic() > end)
+
+    handler = callbacks.progress_handler(should_end)
     connection.set_progress_handler(handler, _CHECK_OPCODES)
     # SQLite creates these tables at their first use, which the authorizer would refuse.
     for table in _VIRTUAL_TABLES:
@@ -199,6 +209,30 @@ def _begin_query(
         if cursor.description is None:
             raise InvalidQuery("there is no query: write one that begins with SELECT")
     return cursor
+
+
+class _TemporaryFiles:
+    """SQLite's temporary files in this process, which have no names: for sorts, joins and recursive queries."""
+
+    def __init__(self) -> None:
+        self._measured = time.monotonic()
+
+    def check(self) -> None:
+        """Raise `CacheError` if the files are too large; look at them only now and then."""
+        now = time.monotonic()
+        if now - self._measured < _MEASURE_SECONDS:
+            return
+        self._measured, size = now, 0
+        with suppress(FileNotFoundError):  # there may be no /proc
+            for descriptor in os.listdir(_OPEN_FILES):
+                with suppress(FileNotFoundError):  # another thread has closed it
+                    if "/etilqs_" in os.readlink(path := f"{_OPEN_FILES}/{descriptor}"):
+                        size += os.stat(path).st_size
+        if size > _TEMPORARY_BYTES:
+            raise CacheError(
+                f"SQLite needs over {format_size(_TEMPORARY_BYTES)} of temporary files for the query: "
+                "sort, group or join fewer rows"
+            )
 
 
 class _Rows:
@@ -220,6 +254,11 @@ class _Rows:
         with os_errors("write the rows of the query to a temporary file"):
             self._file.write(len(data).to_bytes(8, "little"))
             self._file.write(data)
+            size = self._file.tell()
+        if size > _TEMPORARY_BYTES:
+            raise CacheError(
+                f"the rows of the query take over {format_size(_TEMPORARY_BYTES)}: select fewer, or use stream=True"
+            )
         self._batch_rows = max(1, min(2 * self._batch_rows, _BATCH_BYTES * len(self._batch) // len(data)))
         self._batch = []
 

@@ -220,6 +220,26 @@ def test_a_query_that_takes_too_long_is_stopped(cache: Cache, what: str) -> None
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.parametrize("order", ["ORDER BY x % 7", "GROUP BY -x"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_sqlites_temporary_files_have_a_size_limit(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, order: str, stream: bool
+) -> None:
+    monkeypatch.setattr(query_module, "_TEMPORARY_BYTES", 2**20)
+    query = f"{ENDLESS.format('x')} {order}"
+    message = r"^SQLite needs over 1\.05 MB of temporary files for the query: "
+    with pytest.raises(CacheError, match=message), cache.sql(query, timeout=60, stream=stream) as answer:
+        list(answer.rows)
+    assert run_query(cache, "SELECT count(*) FROM image_usage ORDER BY 1") == [(1,)]
+
+
+def test_the_file_of_a_result_has_a_size_limit(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_module, "_TEMPORARY_BYTES", 2**20)
+    message = r"^the rows of the query take over 1\.05 MB: "
+    with pytest.raises(CacheError, match=message), cache.sql(ENDLESS.format("x"), timeout=60):
+        pass
+
+
 def test_a_query_reads_one_snapshot_and_blocks_no_writer(cache: Cache) -> None:
     with cache.sql("SELECT name FROM image_usage, json_each('[1, 2, 3]')") as answer:
         first = next(answer.rows)
@@ -665,7 +685,7 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
         assert wait_until(lambda: cpu_seconds(process.pid) >= begun + 0.1, 120)
         process.send_signal(signal.SIGINT)
         try:
-            _, error = process.communicate(timeout=120)
+            _, error = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, error) == (130, "\ncachedb: interrupted\n")
@@ -684,7 +704,7 @@ def test_rows_are_printed_before_the_query_ends(cache: Cache, form: str) -> None
         for line in FIRST[form].splitlines(keepends=True):
             assert process.stdout.readline() == line
         process.stdout.close()  # as `head` does
-        assert process.wait(timeout=120) == 1
+        assert process.wait(timeout=60) == 1
         assert process.stderr
         assert process.stderr.read() == b""
 
