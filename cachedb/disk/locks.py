@@ -19,6 +19,7 @@ from cachedb.disk import processes
 from cachedb.disk.folders import apply_folder_mode
 from cachedb.disk.forks import close_own, open_own
 from cachedb.disk.processes import Process
+from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import Wait
 
 __all__ = [
@@ -122,11 +123,13 @@ def find_holder(file: int) -> Process | None:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process holds the exclusive lock on a file."""
+    """Return whether a process holds the exclusive lock on a file; False for a link or another kind of file."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+        file = open_regular(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):
+            return False
+        raise
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -163,23 +166,26 @@ def hold_lock(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
 
 def read_holder_of(path: Path) -> Process | None:
     """Return the process whose record is in the lock file at a path, as `read_holder` does."""
-    with suppress(OSError), FileIO(path) as file:
+    with suppress(OSError), FileIO(path, opener=open_regular) as file:
         return read_holder(file.fileno())
     return None
 
 
 def find_holder_at(path: Path) -> Process | None:
     """Return which process holds the lock at a path, as `find_holder` does."""
-    with suppress(OSError), FileIO(path) as file:
+    with suppress(OSError), FileIO(path, opener=open_regular) as file:
         return find_holder(file.fileno())
     return None
 
 
 def _open_or_create(path: str, _flags: int) -> int:
-    try:
-        file, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
-    except FileNotFoundError:
-        file, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o600), True
+    while True:
+        with suppress(FileNotFoundError):
+            file, is_new = open_regular(path, os.O_RDWR), False
+            break
+        with suppress(FileExistsError):
+            file, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
+            break
     try:
         if os.fstat(file).st_nlink > 1:
             why = "the lock file is a hard link to another file, which it would overwrite: delete the lock file"

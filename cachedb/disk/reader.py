@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
 from cachedb.disk.layout import blob_file
+from cachedb.disk.regular import open_regular
 from cachedb.errors import CacheError, DigestMismatch, NotInCache, StorageError, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 
-__all__ = ["damaged_error", "missing_file_error", "open_blob", "open_regular", "read_small_blob", "read_verified"]
+__all__ = ["damaged_error", "missing_file_error", "open_blob", "read_small_blob", "read_verified"]
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
@@ -61,25 +59,6 @@ def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:
         data = file.read(DOCUMENT_LIMIT + 1)
         return data if digest_of(data, digest) == digest else None
     return None
-
-
-def open_regular(path: str, flags: int) -> int:
-    """Open a regular file and return its descriptor; pass this as `opener` to `open`.
-
-    Raises:
-        OSError: for symbolic links and other files that are not regular.
-    """
-    try:
-        # Opening a pipe without a writer would block, perhaps under the write lock.
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise OSError(errno.EINVAL, "it is a symbolic link, not a regular file", path) from None
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
 def damaged_error(digest: Digest) -> DigestMismatch:

@@ -21,6 +21,7 @@ from cachedb.disk import byte_locks, locks, processes
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import lock_kind
 from cachedb.disk.processes import Process
+from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import LOG, Wait, choose_wait_seconds
 from cachedb.errors import CacheError, explain, ignore_os_errors, os_errors
 from cachedb.threads import start
@@ -215,7 +216,7 @@ def claim_or_find(
 
 def _read_progress(path: Path) -> object:
     """Return a value that changes while the holder of a claim makes progress."""
-    with suppress(OSError), FileIO(path) as file:
+    with suppress(OSError), FileIO(path, opener=open_regular) as file:
         if processes.read_record(file.fileno()) is None:
             return time.monotonic()  # the holder is an old release, which notes no progress
         status = os.fstat(file.fileno())
@@ -231,7 +232,7 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
         key: of the claim.
         stalled: the value that `_read_progress` has returned since the last progress.
     """
-    with suppress(OSError), FileIO(path, "r+") as file:
+    with suppress(OSError), FileIO(path, "r+", opener=open_regular) as file:
         status = os.fstat(file.fileno())
         if (status.st_ino, status.st_mtime_ns) == stalled and path.stat().st_ino == status.st_ino:
             holder = locks.read_holder(file.fileno())
@@ -273,7 +274,7 @@ def list_claims(directory: Path) -> list[Claim]:
     for name in os.listdir(directory / "locks"):
         path = directory / "locks" / name
         if name.endswith(_CLAIM_SUFFIX) and locks.is_held(path):
-            with suppress(OSError, TypeError, ValueError), FileIO(path) as file:
+            with suppress(OSError, TypeError, ValueError), FileIO(path, opener=open_regular) as file:
                 record = processes.read_record(file.fileno())
                 if record is None:
                     found.append(Claim(None, "", os.fstat(file.fileno()).st_mtime))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from cachedb.disk import byte_locks, locks, processes
 from cachedb.disk.processes import Process
+from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import LOG, Wait
 from cachedb.errors import Busy, CacheReplaced
 
@@ -171,7 +172,7 @@ def _write_waiter(queue: FileIO, number: int) -> None:
 def find_waiters(path: Path) -> list[Waiter]:
     """Return the processes that wait for a lock, in the order of their turns."""
     found = []
-    with suppress(FileNotFoundError), FileIO(path.with_suffix(".queue")) as queue:
+    with suppress(OSError), FileIO(path.with_suffix(".queue"), opener=open_regular) as queue:
         first, last = _read_number(queue, _SERVED_OFFSET) + 1, _read_number(queue, _LAST_OFFSET)
         while first <= last and (number := byte_locks.find_first_locked(queue.fileno(), first, last)) is not None:
             record = processes.read_record(queue.fileno(), _RECORDS_OFFSET + number % _RECORD_COUNT * _RECORD_BYTES)

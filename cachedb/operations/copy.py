@@ -26,7 +26,7 @@ from cachedb.disk.durable import clone_content, copy_to_new, sync_file, sync_fol
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import BLOB_FOLDERS
 from cachedb.disk.layout import POLICY_FILE, UNFINISHED_INDEX, blob_file
-from cachedb.disk.reader import open_regular
+from cachedb.disk.regular import open_regular
 from cachedb.disk.writer import Readable
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
 from cachedb.index.blobs import read_all_stored_sizes, read_stored_sizes

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from cachedb.disk.durable import atomic_file, remove_leftovers
 from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import POLICY_FILE
-from cachedb.disk.reader import open_regular
+from cachedb.disk.regular import open_regular
 from cachedb.disk.writer import write_all
 from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, os_errors
 from cachedb.index.filters import is_pattern

@@ -34,7 +34,7 @@ from cachedb.disk.layout import (
     quarantine_path,
     trash_digest,
 )
-from cachedb.disk.reader import open_regular
+from cachedb.disk.regular import open_regular
 from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
 from cachedb.index import drift, images

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cachedb.content.session import list_sessions_with_locks, lock_path
 from cachedb.disk import locks, processes, single_flight, turns
 from cachedb.disk.processes import Process
+from cachedb.disk.regular import open_regular
 from cachedb.errors import os_errors
 
 __all__ = ["Activity", "SessionInfo", "list_sessions"]
@@ -75,7 +76,7 @@ def _list_live_sessions(directory: Path) -> list[tuple[Process | None, str, date
 
 
 def _read_owner(path: Path) -> Process | None:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = open_regular(path, os.O_RDONLY)
     try:
         record = processes.read_record(file)
     finally:

@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -545,3 +546,36 @@ def test_a_lock_file_that_is_a_second_name_of_another_file_is_refused(tmp_path: 
     thesis.unlink()
     with locks.hold_lock(lock):
         assert locks.is_held(lock)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        folder = os.open(path.parent, os.O_RDONLY)  # the name of a socket has at most 107 bytes
+        made.bind(f"/proc/self/fd/{folder}/{path.name}")
+        os.close(folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "socket"])
+def test_a_lock_file_that_is_not_a_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
+    thesis, lock = tmp_path / "thesis.txt", tmp_path / "write.lock"
+    thesis.write_text("the only copy")
+    make: dict[str, Callable[[], object]] = {
+        "link": lambda: lock.symlink_to(thesis),
+        "dangling": lambda: lock.symlink_to(tmp_path / "nothing"),
+        "pipe": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+        "socket": lambda: make_socket(lock),
+    }
+    make[kind]()
+    pipe = os.open(lock, os.O_RDWR) if kind == "pipe" else None  # so that the test cannot block
+    with pytest.raises(OSError, match=f"regular file: '{lock}'"), locks.hold_lock(lock):
+        pytest.fail("the record overwrites another file")
+    assert not locks.is_held(lock)
+    assert locks.read_holder_of(lock) is None
+    assert locks.find_holder_at(lock) is None
+    lock.rename(lock.with_suffix(".queue"))
+    assert turns.find_waiters(lock) == []
+    assert thesis.read_text() == "the only copy"
+    assert not (tmp_path / "nothing").exists()
+    if pipe is not None:
+        os.close(pipe)

@@ -119,6 +119,7 @@ class Database:
         self.access.check()
         with self.no_replacement():
             file = self.identify_file()
+            self.file.check_beside(read_only=self.read_only)
             settled = not self.read_only or self.file.is_settled()
             with sqlite_errors(self.path, self.directory):
                 opened = connect(self.path, file, is_settled=settled, read_only=read_only)

@@ -19,7 +19,7 @@ from cachedb.disk import locks
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import has_blobs
 from cachedb.disk.waiting import Wait
-from cachedb.errors import Busy, NotACache, os_errors
+from cachedb.errors import Busy, NotACache, NotOurs, os_errors
 from cachedb.index.sqlite.connection import CacheConnection
 from cachedb.index.sqlite.revision import lost_index_error
 from cachedb.reentry import holding, is_held, refuse_reentry
@@ -92,6 +92,27 @@ class IndexFile:
                 if mode != "mode=ro":
                     mode += f"&changed={_version(status)}.{_version(wal)}"  # our own parameter: SQLite ignores it
         return status.st_dev, status.st_ino, mode
+
+    def check_beside(self, *, read_only: bool) -> None:
+        """Check that SQLite neither reads nor changes another file through one beside the index.
+
+        Args:
+            read_only: whether the index is only read, as in a copy by hard links.
+
+        Raises:
+            NotOurs: if the -journal, -wal or -shm is a link, or not a regular file.
+        """
+        for suffix in ("-journal", "-wal", "-shm"):
+            with os_errors("open the index"), suppress(FileNotFoundError):
+                found = os.lstat(self._name + suffix)
+                what = "not a regular file"
+                if stat.S_ISLNK(found.st_mode):
+                    what = "a symbolic link"
+                elif stat.S_ISREG(found.st_mode):
+                    if read_only or found.st_nlink == 1:
+                        continue
+                    what = "a hard link to another file"
+                raise NotOurs(f"{self._name + suffix!r} is {what}, which another program made: move it away")
 
     def is_settled(self) -> bool:
         """Return whether every later change of the index alters its modification time."""

@@ -19,7 +19,8 @@ from cachedb.disk.durable import (
 )
 from cachedb.disk.layout import blob_path
 from cachedb.disk.locks import hold_folder_lock
-from cachedb.disk.reader import open_blob, open_regular
+from cachedb.disk.reader import open_blob
+from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import Wait
 from cachedb.disk.writer import discard, write_all
 from cachedb.errors import CacheError, is_callers, os_errors

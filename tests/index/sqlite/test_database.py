@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
-from cachedb import Cache, NotACache, SchemaMismatch, StorageError
+from cachedb import Cache, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import locks, turns
 from cachedb.index.sqlite import lookups
 from cachedb.index.sqlite.database import Database
@@ -802,6 +802,30 @@ def test_an_index_that_is_not_a_regular_file_is_refused(
     make(directory / "index.db")
     with pytest.raises(NotACache, match=r"index.db' is not a regular file: move it away"):
         Cache.open(directory)
+
+
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
+@pytest.mark.parametrize("kind", ["symbolic link", "dangling link", "hard link", "pipe", "folder"])
+def test_a_link_or_pipe_beside_the_index_is_refused(directory: Path, tmp_path: Path, suffix: str, kind: str) -> None:
+    Cache.open(directory).close()
+    thesis, beside = tmp_path / "thesis.txt", directory / f"index.db{suffix}"
+    thesis.write_text("the only copy")
+    make: dict[str, Callable[[], object]] = {
+        "symbolic link": lambda: beside.symlink_to(thesis),
+        "dangling link": lambda: beside.symlink_to(tmp_path / "nothing"),
+        "hard link": lambda: os.link(thesis, beside),
+        "pipe": lambda: os.mkfifo(beside),
+        "folder": beside.mkdir,
+    }
+    make[kind]()
+    what = kind.replace("dangling", "symbolic") if "link" in kind else "not a regular file"
+    for damaged in (False, True):
+        with pytest.raises(NotOurs, match=f"index.db{suffix}' is (a )?{what}.*: move it away$"):
+            Cache.open(directory, damaged=damaged)
+    with closing(Database(directory)) as index, pytest.raises(NotOurs, match=what), index.write():
+        pytest.fail("SQLite writes to another file")
+    assert thesis.read_text() == "the only copy"
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_deleted_working_directory_is_reported(tmp_path: Path) -> None:
