@@ -13,6 +13,7 @@ from cachedb.text import shorten
 __all__ = [
     "check_characters",
     "check_functions",
+    "check_lifetime",
     "check_mapping",
     "check_numbers",
     "check_pair",
@@ -22,6 +23,9 @@ __all__ = [
     "check_text",
     "check_writable",
 ]
+
+
+_LONGEST_LIFETIME_SECONDS = 36_525 * 86_400
 
 
 def _type_error(name: str, value: object, wanted: str) -> TypeError:
@@ -72,6 +76,14 @@ def check_positive(**values: object) -> None:
             raise _type_error(name, value, "a number")
         if not value > 0:
             raise CacheError(f"{name} is {value!r}: give a number above 0")
+
+
+def check_lifetime(**values: object) -> None:
+    """Raise `TypeError` if a value is neither seconds nor None, and `CacheError` if it is not above 0 or too long."""
+    check_numbers(**values)
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not 0 < value <= _LONGEST_LIFETIME_SECONDS:
+            raise CacheError(f"{name} is {value!r}: give seconds, at most 100 years, or None for no end")
 
 
 def check_pair(**values: object) -> None:

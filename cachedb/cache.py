@@ -16,6 +16,7 @@ from cachedb import oci
 from cachedb.arguments import (
     check_characters,
     check_functions,
+    check_lifetime,
     check_mapping,
     check_numbers,
     check_pair,
@@ -43,7 +44,7 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.index import blobs, descriptions, holds, images
+from cachedb.index import blobs, descriptions, holds, images, lifetimes
 from cachedb.index.filters import (
     Filters,
     complete_name,
@@ -506,7 +507,9 @@ class Cache:
     def _find(connection: Connection, name: str | Name) -> int:
         return images.find(connection, complete_name(connection, name)).id
 
-    def save_manifest(self, name: str | Name, manifest: bytes, media_type: str | None = None) -> ImageInfo:
+    def save_manifest(
+        self, name: str | Name, manifest: bytes, media_type: str | None = None, *, ttl: float | None = None
+    ) -> ImageInfo:
         """Store a manifest or index under a name, and associate its config and layers, stored or not.
 
         If the name pointed to another manifest, the name moves in the same transaction.
@@ -515,6 +518,7 @@ class Cache:
             name: the image's name; a digest in it must be the manifest's.
             manifest: the exact bytes.
             media_type: the manifest's media type, if known; the default is its ``mediaType``, else its shape decides.
+            ttl: seconds after which `prune` removes the image; None lets it stay, even if it had a lifetime before.
 
         Raises:
             InvalidManifest: if the bytes are not a valid manifest or index.
@@ -524,7 +528,8 @@ class Cache:
         if not isinstance(manifest, (bytes, bytearray)):
             raise TypeError(f"manifest is of type {type(manifest).__name__!r}: give its bytes")
         check_text(media_type=media_type, optional=True)
-        return publish.store_manifest(self._database, self._session, parsed, manifest, media_type)
+        check_lifetime(ttl=ttl)
+        return publish.store_manifest(self._database, self._session, parsed, manifest, media_type, ttl=ttl)
 
     def get_manifest(self, name: str | Name) -> bytes:
         """Return the exact bytes of an image's manifest or index, verified against its digest.
@@ -657,7 +662,9 @@ class Cache:
             self._session.release_saved(connection, [blob])
 
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
-        """Give an image another name; if the name already points to an image, the name moves.
+        """Give an image another name; if the name already points to an image, the name moves, and keeps its pin.
+
+        The other name never expires.
 
         Args:
             source: a name of the image.
@@ -744,6 +751,37 @@ class Cache:
             self._database.reserve.run(lambda: collect.empty_trash(self._database))
         return freed
 
+    def pin(self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False) -> list[Name]:
+        """Pin the names of images, all of them or none: `prune` removes no pinned image, whatever its lifetime.
+
+        A pin belongs to the name. It stays if the name moves to another image, until `unpin` or `remove_manifest`.
+
+        Args:
+            names: names of images, and patterns such as ``team/*``.
+            filters: conditions that the images must fulfil too. Without names, they choose from all images; without
+                names and conditions, nothing is pinned.
+            ignore_missing: skip names and patterns that match no image.
+
+        Returns:
+            The pinned names, with those that were pinned before.
+
+        Raises:
+            NotInCache: if a name or a pattern matches no image, whatever the filters.
+        """
+        wanted = parse_wanted(names)
+        with self._database.write() as connection:
+            found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
+            lifetimes.pin(connection, [row.id for row in found])
+            return [image.name for image in found]
+
+    def unpin(self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False) -> list[Name]:
+        """Remove the pins of images, all of them or none; the arguments and the result are those of `pin`."""
+        wanted = parse_wanted(names)
+        with self._database.write() as connection:
+            found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
+            lifetimes.unpin(connection, [row.id for row in found])
+            return [image.name for image in found]
+
     def collect_garbage(self, *, dry_run: bool = False) -> Collected:
         """Free every blob that no image, hold or session uses.
 
@@ -761,9 +799,10 @@ class Cache:
     def plan_prune(self, policy: Policy | None = None, *, to_free: int | None = None) -> Plan:
         """Plan what `prune` would remove now; nothing is removed, and no lock is held.
 
-        Rules remove images first, in their order. Then the limits remove the least recently used images, and no more
-        of them than they need. An image stays if a keep rule selects it, or if a hold or a process keeps it. Without a
-        ``used-within``, an image that was used in the last 10 minutes stays too.
+        Images whose lifetime has ended go first, even without any rule. Then rules remove images, in their order. Then
+        the limits remove the least recently used images, and no more of them than they need. An image stays if a keep
+        rule selects it, if it is pinned, or if a hold or a process keeps it. Without a ``used-within``, an image that
+        was used in the last 10 minutes stays too.
 
         Args:
             policy: the rules and limits; None for those in the file ``policy.toml`` of the cache.
@@ -791,7 +830,7 @@ class Cache:
     ) -> Pruned:
         """Collect garbage, then remove the images that a policy removes. One process prunes at a time.
 
-        An image that was used, moved or held since it was planned stays. Other processes can write between two
+        An image that was used, moved, pinned or held since it was planned stays. Other processes can write between two
         batches.
 
         Args:
@@ -1101,6 +1140,7 @@ class Cache:
         allow_stale: bool = False,
         referrers: bool = False,
         foreign_layers: bool = False,
+        ttl: float | None = None,
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
@@ -1128,6 +1168,8 @@ class Cache:
                 unless ``if_missing`` is set.
             foreign_layers: download foreign layers that the registry lacks from the URLs in the manifest. By default,
                 the image is stored without them. Windows images have such layers.
+            ttl: seconds after which `prune` removes the image, also if it was here already; None lets it stay, even if
+                it had a lifetime before.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
                 for what is ``insecure`` in registries.conf.
@@ -1148,6 +1190,7 @@ class Cache:
         check_text(platform=platform, optional=True)
         access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
+        check_lifetime(ttl=ttl)
         wanted = RemoteName.parse(name)
         pulled = pull(
             self._database,
@@ -1159,6 +1202,7 @@ class Cache:
             allow_stale=allow_stale,
             referrers=referrers,
             foreign_layers=foreign_layers,
+            ttl=ttl,
             access=access,
             progress=progress,
             blob_progress=blob_progress,
@@ -1436,6 +1480,7 @@ class Cache:
         replace: bool = True,
         link: bool = False,
         max_unpacked: int | None = None,
+        ttl: float | None = None,
         progress: Progress | None = None,
     ) -> list[ImportedImage]:
         """Import the images of an archive: a docker-archive, an OCI archive, or a folder with an image layout.
@@ -1457,6 +1502,8 @@ class Cache:
             max_unpacked: the most bytes that a compressed archive may unpack to, or all compressed layers of a
                 docker-archive together. The default is ``CACHEDB_MAX_UNPACKED``, else 64 GiB, or 100 times the
                 compressed size if that is less, but at least 256 MiB.
+            ttl: seconds after which `prune` removes the images; None lets them stay, even if their names had a lifetime
+                before.
             progress: called with the bytes read so far and the total.
 
         Returns:
@@ -1476,6 +1523,7 @@ class Cache:
         check_readable(source=source)
         check_functions(progress=progress)
         check_text(repository=repository, select=select, platform=platform, optional=True)
+        check_lifetime(ttl=ttl)
         parsed = Name.parse(name) if name is not None else None
         if repository is not None:
             Name.parse(f"{repository}:latest")
@@ -1488,6 +1536,7 @@ class Cache:
             replace=replace,
             link=link,
             max_unpacked=max_unpacked,
+            ttl=ttl,
             progress=progress,
         )
 

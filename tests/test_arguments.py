@@ -27,6 +27,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "source": (),
     "seconds": (type(None), int, float),
     "timeout": (type(None), int, float),
+    "ttl": (type(None), int, float),
     "parameters": (type(None),),
     "query": (),
     "platform": (type(None),),
@@ -80,7 +81,7 @@ def test_an_argument_of_a_wrong_type_is_refused(cache: Cache, tmp_path: Path, me
     make.save(cache, "app:1", make.image(1))
     signature = inspect.signature(getattr(Cache, method))
     for wrong in WRONG:
-        is_bool = type(wrong) is bool and parameter in ("seconds", "timeout", "to_free")
+        is_bool = type(wrong) is bool and parameter in ("seconds", "timeout", "to_free", "ttl")
         accepted = ACCEPTED.get(f"{method}.{parameter}", ACCEPTED.get(parameter, ()))
         if isinstance(wrong, accepted) and not is_bool:
             continue

@@ -75,6 +75,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         ("app:1",),
     ),
     **dict.fromkeys(["get_platforms", "is_image_complete", "remove_manifest", "get_labels"], ("app:1",)),
+    **dict.fromkeys(["pin", "unpin"], ("app:1",)),
 }
 
 

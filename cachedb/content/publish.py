@@ -409,9 +409,17 @@ def store_blob(
 
 
 def store_manifest(
-    database: Database, session: Session, name: Name, manifest: bytes, media_type: str | None
+    database: Database,
+    session: Session,
+    name: Name,
+    manifest: bytes,
+    media_type: str | None,
+    *,
+    ttl: float | None = None,
 ) -> ImageInfo:
     """Store a manifest or index under a name; its config and layers are associated at once, stored or not.
+
+    The name expires after ``ttl`` seconds, or never.
 
     Raises:
         InvalidManifest: if it is not a manifest or index.
@@ -422,7 +430,7 @@ def store_manifest(
     algorithm = split_digest(name.digest)[0] if name.digest else "sha256"
     received = receive(session, io.BytesIO(manifest), algorithm=algorithm)
     with publish(database, session, [received]) as connection:
-        image_id = save_image(connection, database.directory, name, received.digest, media_type)
+        image_id = save_image(connection, database.directory, name, received.digest, media_type, ttl=ttl)
         info, contents = read_image(connection, database.directory, image_id)
         session.release_saved(connection, [blob.digest for blob in contents])
         session.expect(blob.digest for blob in contents if not blob.stored)

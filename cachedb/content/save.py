@@ -87,6 +87,8 @@ class SavedImage(NamedTuple):
     last_used_at: datetime  # UTC
     some_platforms: int | None  # 1 if its closure lacks platforms of its index, or foreign layers
     contents: list[Descriptor]  # by position
+    pinned_at: datetime | None = None  # UTC; None if it is not pinned
+    expires_at: datetime | None = None  # UTC; None for never
 
 
 class NewImage(NamedTuple):
@@ -153,7 +155,14 @@ def _find_waiting(connection: Connection, digests: list[Digest]) -> list[int]:
 
 
 def save_image(
-    connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str, choose: Choice | None = None
+    connection: Connection,
+    directory: Path,
+    name: Name,
+    digest: Digest,
+    media_type: str,
+    choose: Choice | None = None,
+    *,
+    ttl: float | None = None,
 ) -> int:
     """Point a name to a stored manifest or index and associate its closure; return the image's id.
 
@@ -166,6 +175,7 @@ def save_image(
         digest: of the manifest or index.
         media_type: of the manifest or index.
         choose: returns the children of an index that belong to the closure; None for all of them.
+        ttl: seconds until the name expires; None for never.
 
     Raises:
         InvalidName: if the name has another digest; then nothing is written.
@@ -177,7 +187,7 @@ def save_image(
     root = oci.root_descriptor(digest, known[digest].size, media_type)
     found = closure(connection, directory, root, choose, known=known)
     _ensure_rows(connection, found, known)
-    image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None)
+    image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None, ttl=ttl)
     # What the closure leaves out is not attached, though the image may have had it.
     left_out = {blob.digest for blob in closure(connection, directory, root, strict=False)} if choose else set()
     _associate(connection, directory, image_id, found, known, left_out, new=new)
@@ -408,6 +418,8 @@ def restore_image(connection: Connection, directory: Path, name: Name, saved: Sa
         "some_platforms": saved.some_platforms,
         "added_at": saved.added_at,
         "last_used_at": saved.last_used_at,
+        "pinned_at": saved.pinned_at,
+        "expires_at": saved.expires_at,
     }
     image_id = connection.execute(build_image_insert(), values).scalar_one()
     insert_associations(connection, {image_id: _associations(contents, known)})
@@ -417,7 +429,7 @@ def restore_image(connection: Connection, directory: Path, name: Name, saved: Sa
 def tag(connection: Connection, source: Name, target: Name) -> int:
     """Give an image a second name, and return the id of the image row with that name.
 
-    The target no longer points to its previous manifest.
+    The target no longer points to its previous manifest, and never expires.
 
     Raises:
         NotInCache: if the source is not in the index.

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-REVISION = "0006"
+REVISION = "0007"
 """The newest migration, whose schema `cachedb.index.tables` describes; here for readers without SQLAlchemy."""
 
 POLICY_FILE = "policy.toml"

@@ -16,28 +16,28 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Connection,
-    Integer,
     Select,
     and_,
     bindparam,
     case,
-    cast,
     except_,
     func,
     literal,
-    null,
     or_,
     select,
 )
 
 from cachedb.index.holds import is_id
+from cachedb.index.lifetimes import is_expired, is_pinned
 from cachedb.index.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 
 __all__ = [
+    "EXPIRED",
     "HELD",
     "IN_USE",
+    "PINNED",
     "RECENT",
     "Mark",
     "RankedImage",
@@ -56,8 +56,10 @@ __all__ = [
 ]
 
 
-HELD, IN_USE, RECENT = -2, -1, 0
-"""What keeps an image, if no rule does: a hold, a lease of a process, or a use a moment ago."""
+PINNED, HELD, IN_USE, RECENT = -3, -2, -1, 0
+"""What keeps an image, if no rule does: a pin, a hold, a lease of a process, or a use a moment ago."""
+EXPIRED = 0
+"""The rule that removes images whose lifetime has ended; it comes before the rules of a policy."""
 
 _NEVER: Final = 1 << 62  # the place of an image that stays
 _UNKEPT: Final = 1 << 32  # more than the number of any rule
@@ -75,8 +77,8 @@ class Rules(NamedTuple):
 class Mark(NamedTuple):
     """What keeps an image, and what would remove it."""
 
-    kept_by: int | None  # the number of the first rule, from 1, or one of `HELD`, `IN_USE` and `RECENT`
-    rule: int | None  # the number of the first rule that removes it, from 1
+    kept_by: int | None  # the number of the first rule, from 1, or one of `PINNED` to `RECENT`
+    rule: int | None  # the number of the first rule that removes it, from 1, or `EXPIRED`
 
 
 class RankedImage(NamedTuple):
@@ -123,18 +125,19 @@ def _mark(rules: Rules) -> CTE:
     """Return the images, each with its `Mark`."""
     is_hold = LEASES.c.session.in_(select(HOLDS.c.id))
     kept: list[tuple[ColumnElement[bool], int]] = [
+        (is_pinned(), PINNED),
         (IMAGES.c.manifest_id.in_(_select_leased_ids(rules, is_hold)), HELD),
         (IMAGES.c.manifest_id.in_(_select_leased_ids(rules, ~is_hold)), IN_USE),
         *((condition, number) for number, condition in enumerate(rules.keeps, 1)),
     ]
     if rules.is_recent is not None:
         kept.append((rules.is_recent, RECENT))
-    removed = [(condition, number) for number, condition in enumerate(rules.removes, 1)]
+    removed = [(condition, number) for number, condition in enumerate([is_expired(), *rules.removes], EXPIRED)]
     marked = select(
         IMAGES.c.id,
         IMAGES.c.last_used_at,
         case(*kept).label("kept_by"),
-        (case(*removed) if removed else cast(null(), Integer)).label("rule"),
+        case(*removed).label("rule"),
     )
     return marked.cte("marked").prefix_with("MATERIALIZED")
 
@@ -304,11 +307,13 @@ def find_removable(connection: Connection, name: Name, digest: Digest, last_used
     row = connection.execute(_select_current(), name._asdict()).first()
     if row is None:
         return "no longer in the cache"
-    image_id, current_digest, used_at, session = row
+    image_id, current_digest, used_at, pinned, session = row
     if current_digest != digest:
         return "now another image"
     if used_at != last_used_at:
         return "used since the plan"
+    if pinned:
+        return "pinned"
     if session is not None:
         return "held" if is_id(session) else "in use"
     return int(image_id)
@@ -319,7 +324,7 @@ def _select_current() -> Select[*tuple[Any, ...]]:
     # Building a statement takes longer than executing it, and a removal executes this for each image.
     session = select(LEASES.c.session).where(LEASES.c.digest == BLOBS.c.digest).limit(1).scalar_subquery()
     return (
-        select(IMAGES.c.id, BLOBS.c.digest, IMAGES.c.last_used_at, session)
+        select(IMAGES.c.id, BLOBS.c.digest, IMAGES.c.last_used_at, is_pinned(), session)
         .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
         .where(IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"))
     )

@@ -35,6 +35,7 @@ from cachedb.errors import (
     NotInCache,
 )
 from cachedb.index import descriptions
+from cachedb.index.lifetimes import add_seconds, is_pinned
 from cachedb.index.records import BlobInfo, BlobRow, ImageInfo, ImageRow
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
@@ -86,6 +87,8 @@ _IMAGE_COLUMNS = (
     IMAGES.c.variant,
     IMAGES.c.created,
     IMAGES.c.author,
+    is_pinned(),
+    IMAGES.c.expires_at,
 )
 """The columns of the last fields of an `ImageInfo`."""
 
@@ -277,6 +280,7 @@ def _build_manifest_update() -> Update:
             some_platforms=bindparam("some_platforms"),
             added_at=case((IMAGES.c.manifest_id == manifest_id, IMAGES.c.added_at), else_=now),
             last_used_at=bindparam("last_used_at"),
+            expires_at=bindparam("expires_at"),
         )
     )
 
@@ -385,11 +389,18 @@ def read_root(connection: Connection, image_id: int) -> Descriptor:
 
 
 def point_name(
-    connection: Connection, name: Name, manifest_id: int, media_type: str, some_platforms: int | None
+    connection: Connection,
+    name: Name,
+    manifest_id: int,
+    media_type: str,
+    some_platforms: int | None,
+    *,
+    ttl: float | None = None,
 ) -> tuple[int, bool]:
     """Make a name point to a manifest; return the image's id and whether it is new.
 
-    If the name pointed to another manifest, its associations are deleted.
+    If the name pointed to another manifest, its associations are deleted. A pin of the name stays. The name expires
+    after ``ttl`` seconds; without it, the name never expires, even if it would have expired before.
     """
     now = datetime.now(UTC)
     values = {
@@ -398,6 +409,7 @@ def point_name(
         "some_platforms": some_platforms,
         "added_at": now,
         "last_used_at": now,
+        "expires_at": add_seconds(now, ttl),
     }
     row = look_up(connection, name)
     if row is None:

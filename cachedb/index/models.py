@@ -68,6 +68,8 @@ class Image(Base):
         variant: Mapped[str | None]
         created: Mapped[datetime | None]
         author: Mapped[str | None]
+        pinned_at: Mapped[datetime | None]
+        expires_at: Mapped[datetime | None]
 
     manifest: Mapped[Blob] = relationship(viewonly=True)
     associations: Mapped[list[ImageBlob]] = relationship(

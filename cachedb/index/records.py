@@ -40,6 +40,8 @@ class ImageInfo(NamedTuple):
     variant: str | None
     created: datetime | None  # UTC; when it was built
     author: str | None
+    pinned: bool  # whether a pin of its name keeps it from a prune
+    expires_at: datetime | None  # UTC; when a prune may remove it; None for never
 
     @property
     def name(self) -> Name:

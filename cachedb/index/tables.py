@@ -144,6 +144,8 @@ class _Images(TypedColumns):
         UtcTime, CheckConstraint(_is_time("created"), "created")
     )  # when it was built, according to the config
     author = Column(Text, CheckConstraint(f"length(author) BETWEEN 1 AND {TEXT_LIMIT}", "author"))
+    pinned_at = Column(UtcTime, CheckConstraint(_is_time("pinned_at"), "pinned_at"))  # NULL: not pinned
+    expires_at = Column(UtcTime, CheckConstraint(_is_time("expires_at"), "expires_at"))  # NULL: never
 
 
 IMAGES = Table(

@@ -72,6 +72,8 @@ class ImageUsage(View):
     built_days: Mapped[float | None]
     added_days: Mapped[float]
     unused_days: Mapped[float]
+    pinned: Mapped[bool]
+    expires_at: Mapped[datetime | None]
 
 
 class Platform(View):

@@ -40,6 +40,7 @@ def import_archive(
     replace: bool,
     link: bool,
     max_unpacked: int | None,
+    ttl: float | None,
     progress: Progress | None,
 ) -> list[ImportedImage]:
     """Import the images of an archive, as `Cache.cache_from_tar` does."""
@@ -50,7 +51,7 @@ def import_archive(
     max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
     with files.open_files(source, session.new_file, max_bytes) as opened_files:
         found = read_images(opened_files, wanted)
-        return _import(database, session, found, progress, max_bytes, replace=replace, link=link)
+        return _import(database, session, found, progress, max_bytes, ttl, replace=replace, link=link)
 
 
 def _import(
@@ -59,6 +60,7 @@ def _import(
     found: list[model.NamedImage],
     progress: Progress | None,
     max_bytes: int | None,
+    ttl: float | None,
     *,
     replace: bool,
     link: bool,
@@ -78,7 +80,7 @@ def _import(
             for name in item.names or [Name(str(item.repository), digest)]:
                 if name not in saved:
                     replaced = _find_replaced(connection, name, digest, item, replace=replace)
-                    info = _save(connection, database.directory, name, digest, media_type, item.image)
+                    info = _save(connection, database.directory, name, digest, media_type, item.image, ttl)
                     saved[name] = ImportedImage(info, replaced)
         return list(saved.values())
 
@@ -107,13 +109,19 @@ def _find_replaced(
 
 
 def _save(
-    connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str, image: model.ArchivedImage
+    connection: Connection,
+    directory: Path,
+    name: Name,
+    digest: Digest,
+    media_type: str,
+    image: model.ArchivedImage,
+    ttl: float | None,
 ) -> ImageInfo:
     """Point a name to a stored image, and attach its referrers."""
     choose = None
     if image.chosen is not None:
         choose = oci.choose_among(image.chosen | find_stored_part(connection, directory, name, digest))
-    image_id = save_image(connection, directory, name, digest, media_type, choose)
+    image_id = save_image(connection, directory, name, digest, media_type, choose, ttl=ttl)
     referrers = [
         Descriptor(blob.digest, blob.size, blob.media_type, blob.role) for blob in image.referrers if blob.digest
     ]

@@ -28,10 +28,12 @@ __all__ = ["Explanation", "Plan", "PlannedImage", "explain", "make_plan"]
 
 
 _REASONS = {
+    eviction.PINNED: "pinned",
     eviction.HELD: "held",
     eviction.IN_USE: "in use",
     eviction.RECENT: f"used within {RECENT_SECONDS / 60:g} minutes",
 }
+_EXPIRED = "expired"
 
 
 class PlannedImage(NamedTuple):
@@ -43,7 +45,7 @@ class PlannedImage(NamedTuple):
     size: int  # bytes of its blobs
     freed_size: int  # bytes that its removal frees, after the removals before it
     total_freed_size: int  # bytes that the plan frees up to and with it
-    rule: str  # ``remove 2`` for the second rule that removes, or the limit: ``max-size``, ``min-free`` or ``to-free``
+    rule: str  # ``remove 2`` for the second rule that removes, ``expired``, ``max-size``, ``min-free`` or ``to-free``
 
 
 class Plan(NamedTuple):
@@ -72,16 +74,17 @@ class Explanation(NamedTuple):
     name: Name
     digest: Digest  # of its manifest or index
     last_used_at: datetime  # UTC
-    kept_by: str | None  # such as ``keep 1``, ``held`` or ``used within 10 minutes``; None if nothing keeps it
-    rule: str | None  # the first rule that removes it unless it is kept, such as ``remove 2``
+    kept_by: str | None  # such as ``keep 1``, ``pinned`` or ``used within 10 minutes``; None if nothing keeps it
+    rule: str | None  # the first rule that removes it unless it is kept, such as ``remove 2`` or ``expired``
     planned: PlannedImage | None  # its removal, if a prune would remove it now
 
     def __str__(self) -> str:
         if self.planned is not None:
-            return f"{self.name} would be removed by {self.planned.rule}"
+            reason = ": it has expired" if self.planned.rule == _EXPIRED else f" by {self.planned.rule}"
+            return f"{self.name} would be removed{reason}"
         if self.kept_by is None:
             return f"{self.name} stays: no rule removes it, and no limit requires it"
-        spared = f", though {self.rule} selects it" if self.rule else ""
+        spared = {None: "", _EXPIRED: ", though it has expired"}.get(self.rule, f", though {self.rule} selects it")
         return f"{self.name} is kept: {self.kept_by}{spared}"
 
 
@@ -133,7 +136,7 @@ def _find_need(database: Database, limits: Limits, total_size: int, to_free: int
 
 def _describe(chosen: Iterable[RankedImage], sizes: Mapping[int, int], limit: str) -> Iterator[PlannedImage]:
     for image in chosen:
-        rule = limit if image.rule is None else f"remove {image.rule}"
+        rule = _name_rule(image.rule) or limit
         size = sizes.get(image.id, 0)
         yield PlannedImage(
             image.name, image.digest, image.last_used_at, size, image.freed_size, image.total_freed_size, rule
@@ -142,6 +145,10 @@ def _describe(chosen: Iterable[RankedImage], sizes: Mapping[int, int], limit: st
 
 def _name_reason(number: int) -> str:
     return _REASONS.get(number, f"keep {number}")
+
+
+def _name_rule(number: int | None) -> str | None:
+    return None if number is None else _EXPIRED if number == eviction.EXPIRED else f"remove {number}"
 
 
 def explain(database: Database, policy: Policy, name: str | Name, *, to_free: int | None = None) -> Explanation:
@@ -163,5 +170,4 @@ def explain(database: Database, policy: Policy, name: str | Name, *, to_free: in
         plan = make_plan(database, policy, to_free=to_free)
         planned = next((image for image in plan.images if image.name == found), None)
     kept_by = None if mark.kept_by is None else _name_reason(mark.kept_by)
-    rule = None if mark.rule is None else f"remove {mark.rule}"
-    return Explanation(found, row.digest, last_used_at, kept_by, rule, planned)
+    return Explanation(found, row.digest, last_used_at, kept_by, _name_rule(mark.rule), planned)

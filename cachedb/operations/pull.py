@@ -32,7 +32,7 @@ from cachedb.errors import (
     StorageError,
     ignore_os_errors,
 )
-from cachedb.index import images
+from cachedb.index import images, lifetimes
 from cachedb.index.blobs import read_stored_sizes
 from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
@@ -127,6 +127,7 @@ def pull(
     allow_stale: bool = False,
     referrers: bool = False,
     foreign_layers: bool = False,
+    ttl: float | None = None,
     access: Access = DEFAULT_ACCESS,
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
@@ -143,6 +144,7 @@ def pull(
         allow_stale: use the cached image if no registry is reachable.
         referrers: also pull the image's referrers and attach them.
         foreign_layers: download foreign layers that the registry lacks from their URLs.
+        ttl: seconds until the name expires, whether it was here or not; None for never.
         access: how to reach the registry.
         progress: called with the bytes done and the total.
         blob_progress: called with the progress of each blob.
@@ -164,10 +166,11 @@ def pull(
             access=access,
         )
     ) as source:
-        work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
+        work = _Pull(database, session, source, platform, referrers, progress, blob_progress, ttl)
 
         def find() -> Pulled | None:
             here = work.find_complete() if if_missing or (wanted.digest and not referrers) else None
+            here = here and work.set_lifetime(here)
             return here and Pulled(here, 0, 0, None, up_to_date=True)
 
         # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
@@ -190,10 +193,11 @@ class _Pull:
         referrers: bool,
         progress: Progress | None,
         blob_progress: BlobProgress | None,
+        ttl: float | None = None,
     ) -> None:
         self._database, self._session, self._source, self._name = database, session, source, source.name
         self._platform, self._referrers = platform, referrers
-        self._progress, self._blob_progress = progress, blob_progress
+        self._progress, self._blob_progress, self._ttl = progress, blob_progress, ttl
         self._holds: list[Hold] = []  # on blobs stored before the image is complete
         self._downloaded: dict[Digest, int] = {}
 
@@ -201,13 +205,25 @@ class _Pull:
         here = self.find_complete()
         try:
             digest = self._source.digest()
-            if here and here.digest == digest and not self._referrers:
-                return Pulled(here, 0, 0, None, up_to_date=True)
+            if here and here.digest == digest and not self._referrers and (image := self.set_lifetime(here)):
+                return Pulled(image, 0, 0, None, up_to_date=True)
             return self._download_image(self._read_root(digest))
         except RegistryUnavailable as error:
-            if here and allow_stale:
-                return Pulled(here, 0, 0, str(error))
+            if here and allow_stale and (image := self.set_lifetime(here)):
+                return Pulled(image, 0, 0, str(error))
             raise
+
+    def set_lifetime(self, here: ImageInfo) -> ImageInfo | None:
+        """Set when an image expires that is complete here; return the image, or None if it has changed meanwhile."""
+        database = self._database
+        if self._ttl is None and (here.expires_at is None or database.read_only):
+            return here  # most pulls of a complete image write nothing
+        with database.write() as connection:
+            found = images.look_up(connection, self._name)
+            if found is None or found.digest != here.digest:
+                return None
+            lifetimes.set_lifetime(connection, found.id, self._ttl)
+            return images.read_image(connection, database.directory, found.id)[0]
 
     def plan(self) -> PullPlan:
         """Return what `run` would download."""
@@ -309,6 +325,7 @@ class _Pull:
                 root.digest,
                 root.media_type,
                 oci.choose_among(among) if is_part else None,
+                ttl=self._ttl,
             )
             save.attach_referrers(connection, self._database.directory, self._name, attached)
             info = images.read_image(connection, self._database.directory, image_id)[0]

@@ -127,6 +127,8 @@ def _read_index(database: Database) -> Salvage:
                 datetime.fromisoformat(row["last_used_at"]),
                 row.get("some_platforms"),
                 contents.get(row["id"], []),
+                _parse_time(row.get("pinned_at")),
+                _parse_time(row.get("expires_at")),
             )
         except (CacheError, KeyError, TypeError, ValueError):
             has_all = False  # this row is damaged
@@ -136,6 +138,10 @@ def _read_index(database: Database) -> Salvage:
     database.close()
     losses = [what for name, what in _LOSSES.items() if not found[name][1]]
     return Salvage(saved, {name: found[name][0] for name in ("lasting_holds", "leases")}, has_all, losses)
+
+
+def _parse_time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
 
 
 def _to_number(value: object) -> int:

@@ -12,7 +12,7 @@ from cachedb.index.sqlite.database import Database
 __all__ = ["BOOLEAN_COLUMNS", "Column", "View", "list_views"]
 
 
-BOOLEAN_COLUMNS: Final = frozenset({"complete", "held", "stored"})
+BOOLEAN_COLUMNS: Final = frozenset({"complete", "held", "pinned", "stored"})
 """The columns of views that are 1 or 0 for yes or no; SQLite has no type for them."""
 
 

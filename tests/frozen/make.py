@@ -74,6 +74,9 @@ def main() -> None:
                 cache.remove_manifest(name)
             if hasattr(cache, "add_hold"):
                 cache.add_hold("hello:1")
+            if hasattr(cache, "pin"):
+                cache.cache_from_tar(Path(folder) / "frozen.docker.tar", ttl=6 * 3600)
+                cache.pin("hello:1", "team/frozen:stable")
         with tarfile.open(HERE / f"{REVISION}.tar.xz", "w:xz") as tar:
             for name in ("index.db", "blobs"):
                 tar.add(directory / name, name)

@@ -442,7 +442,7 @@ INVALID = [
     *(("image_platforms", column, "a" * 65) for column in ("architecture", "os", "variant")),
     *(("image_platforms", column, "") for column in ("architecture", "os", "variant")),
     *(("image_platforms", "last_position", value) for value in (7, None)),
-    *(("images", "created", value) for value in INVALID_TIMES),
+    *(("images", column, value) for column in ("created", "pinned_at", "expires_at") for value in INVALID_TIMES),
     *(("images", "author", value) for value in ("", "a" * 65537)),
     *(("images", "some_platforms", value) for value in (0, 2, "all")),
     *(("image_blobs", "diff_id", value) for value in INVALID_DIGESTS if value is not None),

@@ -89,9 +89,23 @@ def fill(cache: Cache, images: list[Image]) -> list[str]:
 
 
 @settings(max_examples=EXAMPLES)
-@given(IMAGES, st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5)), st.integers(1, 60_000), st.booleans())
+@given(
+    IMAGES,
+    st.sets(st.integers(0, 5)),
+    st.sets(st.integers(0, 5), max_size=2),
+    st.sets(st.integers(0, 5), max_size=2),
+    st.sets(st.integers(0, 5)),
+    st.integers(1, 60_000),
+    st.booleans(),
+)
 def test_a_prune_frees_exactly_the_bytes_of_its_plan(
-    images: list[Image], held: set[int], removed: set[int], to_free: int, has_garbage: bool
+    images: list[Image],
+    held: set[int],
+    pinned: set[int],
+    expired: set[int],
+    removed: set[int],
+    to_free: int,
+    has_garbage: bool,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, Cache.open(Path(folder) / "cache") as cache:
         names = fill(cache, images)
@@ -100,6 +114,10 @@ def test_a_prune_frees_exactly_the_bytes_of_its_plan(
                 cache.add_hold(names[number])
             with suppress(NotInCache):  # a held layer of images that can be removed
                 cache.add_hold(make.digest_of(make.layer(number)))
+        cache.pin(*(names[number] for number in pinned if number < len(names)))
+        for number in expired:
+            if number < len(names):
+                age(cache, "expires_at", names[number], seconds=1)
         if has_garbage:
             with Cache.open(cache.directory) as other:
                 other.add_blob(b"garbage" * 1000)
@@ -245,6 +263,10 @@ def hold(cache: Cache) -> None:
     cache.add_hold("team/kept:1")
 
 
+def pin(cache: Cache) -> None:
+    cache.pin("team/kept:1")
+
+
 def use(cache: Cache) -> None:
     age(cache, "last_used_at", "team/kept:1", minutes=9)
 
@@ -278,6 +300,7 @@ KEEPS: dict[str, tuple[Callable[[Cache], AbstractContextManager[None] | None], t
     "a query": (nothing, (Keep(sql="SELECT name FROM image_usage WHERE repository LIKE 'team/%' UNION SELECT 7"),)),
     "a hold": (hold, ()),
     "a lease of a process": (work_with, ()),
+    "a pin": (pin, ()),
     "a use a moment ago": (use, ()),
 }  # fmt: skip
 """Ways to keep the image team/kept:1: what happens to it before a prune, and the rules of the policy."""
@@ -297,6 +320,12 @@ def prune_by_a_plan(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
     assert (done.images, done.skipped) == ([image.name for image in plan.images], [])
 
 
+def let_all_expire(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
+    for image in cache.list_manifests():
+        age(cache, "expires_at", str(image.name), seconds=1)
+    assert cache.prune(Policy(keep=keep)).skipped == []
+
+
 def apply_a_plan(cache: Cache, cachedb: Run, keep: tuple[Keep, ...]) -> None:
     cache.set_policy(format_policy(ALL._replace(keep=keep)))
     path = cache.directory.with_name("plan.json")
@@ -308,6 +337,7 @@ def apply_a_plan(cache: Cache, cachedb: Run, keep: tuple[Keep, ...]) -> None:
 WAYS: dict[str, Callable[[Cache, Run, tuple[Keep, ...]], None]] = {
     "rules": prune_by_rules,
     "a limit": prune_for_a_limit,
+    "a lifetime": let_all_expire,
     "a plan": prune_by_a_plan,
     "--apply": apply_a_plan,
 }
@@ -446,6 +476,19 @@ def test_rules_remove_in_their_order_and_limits_afterwards_by_last_use(cache: Ca
     assert names_of(cache.plan_prune(policy, to_free=plan.images[1].total_freed_size + 1)) == ["a:1", "b:1", "d:1"]
 
 
+def test_expired_images_go_first_and_without_any_policy(cache: Cache) -> None:
+    save_old(cache, "a:1", "b:1", "c:1", "d:1")
+    age(cache, "expires_at", "b:1", seconds=1)
+    age(cache, "expires_at", "a:1", hours=-1)
+    policy = Policy(remove=(Remove(names=("[bd]:1",)),))
+    plan = cache.plan_prune(policy, to_free=1 << 40)
+    assert [(str(image.name), image.rule) for image in plan.images] == [
+        ("b:1", "expired"), ("d:1", "remove 1"), ("c:1", "to-free"), ("a:1", "to-free")
+    ]  # fmt: skip
+    assert cache.prune().images == ["b:1"]
+    assert cache.list_names() == ["a:1", "c:1", "d:1"]
+
+
 @pytest.mark.parametrize("rule", [Keep(), Remove()])
 def test_a_rule_without_conditions_is_refused(cache: Cache, rule: Keep | Remove) -> None:
     save_old(cache, "app:1")
@@ -529,8 +572,9 @@ def test_garbage_counts_before_images(cache: Cache) -> None:
 
 
 def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
-    save_old(cache, "keep/a:1", "held:1", "recent:1", "gone:1")
+    save_old(cache, "keep/a:1", "held:1", "recent:1", "gone:1", "pinned:1")
     cache.add_hold("held:1")
+    cache.pin("pinned:1")
     held_blob = make.layer(103)
     cache.add_hold(make.digest_of(held_blob))
     age(cache, "last_used_at", "recent:1", minutes=1)
@@ -541,6 +585,7 @@ def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
     assert plan.missing_size == (1 << 40) - plan.freed_size
     assert plan.kept_sizes == {
         "keep 1": sizes["keep/a:1"],
+        "pinned": sizes["pinned:1"],
         "held": sizes["held:1"] + len(held_blob),
         "used within 10 minutes": sizes["recent:1"],
         **measure_files(cache.directory).kept,
@@ -582,6 +627,15 @@ def test_an_explanation_says_what_keeps_an_image_or_what_removes_it(cache: Cache
     found = cache.explain_prune("d:1", policy, to_free=1 << 40)
     assert found.planned is not None
     assert (found.rule, found.planned.rule, found.digest) == (None, "to-free", cache.get_image("d:1").digest)
+    for name in ("a:1", "b:1", "c:1"):
+        age(cache, "expires_at", name, seconds=1)
+    cache.pin("c:1")
+    texts = {name: str(cache.explain_prune(name, policy)) for name in ("a:1", "b:1", "c:1")}
+    assert texts == {
+        "a:1": "a:1 is kept: keep 2, though it has expired",
+        "b:1": "b:1 would be removed: it has expired",
+        "c:1": "c:1 is kept: pinned, though it has expired",
+    }
     with pytest.raises(NotInCache):
         cache.explain_prune("nope:1", policy)
 
@@ -602,6 +656,10 @@ def hold_it(cache: Cache) -> None:
     cache.add_hold("app:1")
 
 
+def pin_it(cache: Cache) -> None:
+    cache.pin("app:1")
+
+
 def remove(cache: Cache) -> None:
     cache.remove_manifest("app:1")
 
@@ -609,7 +667,7 @@ def remove(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (move, "now another image"), (touch, "used since the plan"), (hold_it, "held"),
+        (move, "now another image"), (touch, "used since the plan"), (hold_it, "held"), (pin_it, "pinned"),
         (remove, "no longer in the cache"),
     ],
 )  # fmt: skip

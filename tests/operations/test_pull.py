@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cachedb import (
     Cache,
     CacheError,
     DigestMismatch,
+    ImageInfo,
     InvalidManifest,
     InvalidName,
     NotInCache,
@@ -38,10 +40,12 @@ from cachedb.disk.writer import receive
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_INDEX
 from cachedb.oci.names import Name
+from cachedb.operations.pull import _Pull
 from cachedb.text import format_size, shorten_digest
 from cachedb.transports.registry import download, places, source, tls
 from tests.conftest import Run, run_python
 from tests.disk.test_locks import wait_until
+from tests.index.test_filters import age
 from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.faults import (
@@ -772,6 +776,70 @@ def test_a_stale_image_is_returned_only_if_allowed(
     assert str(status) in (pulled.stale or "")
     assert pulled.image.digest == FIRST.digest
     assert_is_stored(cache, name, FIRST)
+
+
+@pytest.mark.parametrize("how", ["new", "moved", "up to date", "if missing", "stale"])
+def test_each_pull_of_a_name_decides_anew_when_it_expires(cache: Cache, remote: Registry, how: str) -> None:
+    name = f"{remote.host}/app:1"
+    for ttl in (3600, 60, None):
+        if how == "new":
+            cache.remove_manifest(name, ignore_missing=True)
+        elif how == "moved":
+            remote.add(SECOND if ttl == 60 else FIRST, "app", "1")
+        elif how == "stale" and ttl == 60:
+            remote.fault(answer(503), times=99)
+        before = datetime.now(UTC)
+        image = cache.pull(name, ttl=ttl, if_missing=how == "if missing", allow_stale=how == "stale").image
+        assert image == cache.get_image(name)
+        if ttl is None:
+            assert image.expires_at is None
+        else:
+            assert image.expires_at is not None
+            assert before <= image.expires_at - timedelta(seconds=ttl) <= datetime.now(UTC)
+
+
+def test_an_expired_image_that_a_pull_finds_here_is_removed_by_no_earlier_plan(cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    with Cache.open(cache.directory) as other:
+        other.pull(name, ttl=1)
+    age(cache, "expires_at", name, days=1)
+    age(cache, "last_used_at", name, days=1)
+    plan = cache.plan_prune()
+    assert [image.name for image in plan.images] == [name]
+    assert cache.pull(name).up_to_date
+    with Cache.open(cache.directory) as other:  # the pull has not yet written that it used the image
+        done = other.prune(plan=plan.images)
+    assert (done.images, [image.reason for image in done.skipped]) == ([], ["used since the plan"])
+    assert cache.is_image_complete(name)
+
+
+@pytest.mark.parametrize("if_missing", [True, False])
+def test_an_image_that_is_removed_while_a_pull_finds_it_is_pulled_again(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, if_missing: bool
+) -> None:
+    name = f"{remote.host}/app:1"
+    cache.pull(name, ttl=1)
+    real = _Pull.set_lifetime
+
+    def remove_first(self: _Pull, here: ImageInfo) -> ImageInfo | None:
+        cache.remove_manifest(name, ignore_missing=True)
+        return real(self, here)
+
+    monkeypatch.setattr(_Pull, "set_lifetime", remove_first)
+    pulled = cache.pull(name, if_missing=if_missing)
+    assert (pulled.up_to_date, pulled.image.expires_at) == (False, None)
+    assert_is_stored(cache, name, FIRST)
+
+
+def test_a_pull_in_a_cache_that_can_only_be_read_leaves_the_lifetime_as_it_is(
+    directory: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{remote.host}/app:1"
+    with Cache.open(directory) as writable:
+        image = writable.pull(name, ttl=3600).image
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+    with Cache.open(directory) as cache:
+        assert cache.pull(name, if_missing=True).image == image
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -384,6 +384,8 @@ def test_images_hidden_by_a_damaged_page_are_recovered(made: Path) -> None:
 
 def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
     with Cache.open(made) as cache:
+        cache.pin(NAMES[0])
+        cache.save_manifest(NAMES[1], IMAGES[NAMES[1]].manifest, ttl=3600)
         holds, images = cache.list_holds(), cache.list_manifests()
     change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)

@@ -361,6 +361,8 @@ class Expected:
                 **self.usage(found, others),
                 "added_at": text(image.added_at),
                 **self.ages(image),
+                "pinned": image.pinned,
+                "expires_at": text(image.expires_at) if image.expires_at else None,
             }
 
     def ages(self, image: ImageInfo) -> Row:
