@@ -61,6 +61,7 @@ from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Algorithm, Digest, is_digest, parse_digest, parse_digest_prefix
 from cachedb.oci.manifests import Role
 from cachedb.oci.names import Name, RemoteName, parse_repository, strip_transport
+from cachedb.operations.room import Room
 from cachedb.operations.upgrade import prepare as prepare_schema
 from cachedb.progress import BlobProgress, Progress
 from cachedb.reports.usage import Stats
@@ -99,7 +100,8 @@ class Cache:
     """
 
     def __init__(self, database: Database) -> None:
-        self._parts = database, Session(database), Uses(database)
+        uses = Uses(database)
+        self._parts = database, Session(database), uses, Room(database, uses)
         self._leftovers: list[Leftover] = []
         self._closed = False
         self._to_close = [self._parts]  # `close` empties it, so that only one thread or signal handler closes the parts
@@ -184,7 +186,7 @@ class Cache:
         """
         self._closed = True
         try:
-            database, session, uses = self._to_close.pop()
+            database, session, uses, _ = self._to_close.pop()
         except IndexError:
             return
         with ExitStack() as stack:  # a failure of one part must not keep the others open
@@ -212,6 +214,11 @@ class Cache:
     def _uses(self) -> Uses:
         self._check_open()
         return self._parts[2]
+
+    @property
+    def _room(self) -> Room:
+        self._check_open()
+        return self._parts[3]
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -267,7 +274,7 @@ class Cache:
         Raises:
             DigestMismatch: if the content has another digest.
         """
-        return publish.store_blob(self._database, self._session, data, digest=parse_digest(digest)).digest
+        return self._store_blob(data, digest=parse_digest(digest))
 
     def add_blob(self, data: Data, *, algorithm: Algorithm = "sha256") -> Digest:
         """Compute the digest of a blob and store it, as `save_blob` does.
@@ -281,7 +288,14 @@ class Cache:
         """
         if algorithm not in ("sha256", "sha512"):
             raise CacheError(f"{shorten(algorithm)} is not a digest algorithm: use sha256 or sha512")
-        return publish.store_blob(self._database, self._session, data, algorithm=algorithm).digest
+        return self._store_blob(data, algorithm=algorithm)
+
+    def _store_blob(self, data: Data, *, digest: Digest | None = None, algorithm: str = "sha256") -> Digest:
+        room = self._room
+        room.prepare(data)
+        stored = publish.store_blob(self._database, self._session, data, digest=digest, algorithm=algorithm)
+        room.keep_limits()
+        return stored.digest
 
     def has_blob(self, digest: str) -> bool:
         """Return whether a blob is stored."""
@@ -529,7 +543,11 @@ class Cache:
             raise TypeError(f"manifest is of type {type(manifest).__name__!r}: give its bytes")
         check_text(media_type=media_type, optional=True)
         check_lifetime(ttl=ttl)
-        return publish.store_manifest(self._database, self._session, parsed, manifest, media_type, ttl=ttl)
+        room = self._room
+        room.prepare()
+        stored = publish.store_manifest(self._database, self._session, parsed, manifest, media_type, ttl=ttl)
+        room.keep_limits([stored.name])
+        return stored
 
     def get_manifest(self, name: str | Name) -> bytes:
         """Return the exact bytes of an image's manifest or index, verified against its digest.
@@ -1057,7 +1075,11 @@ class Cache:
         check_functions(progress=progress)
         if how not in HOWS:
             raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
-        return adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
+        room = self._room
+        room.prepare()
+        adopted = adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
+        room.keep_limits([image.name for image in adopted.images])
+        return adopted
 
     def copy(
         self, directory: str | os.PathLike[str], *, verify: bool = True, progress: Progress | None = None
@@ -1184,6 +1206,7 @@ class Cache:
             NotInCache: if the image does not have the platform.
             InvalidManifest: if one of the image's manifests is invalid.
             DigestMismatch: if downloaded content has a wrong digest or size.
+            NoRoom: if the image does not fit into the limits of the cache, and nothing more may be removed.
         """
         from cachedb.operations.pull import pull
 
@@ -1191,7 +1214,7 @@ class Cache:
         access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         check_lifetime(ttl=ttl)
-        wanted = RemoteName.parse(name)
+        wanted, room = RemoteName.parse(name), self._room
         pulled = pull(
             self._database,
             self._session,
@@ -1204,10 +1227,12 @@ class Cache:
             foreign_layers=foreign_layers,
             ttl=ttl,
             access=access,
+            room=room,
             progress=progress,
             blob_progress=blob_progress,
         )
         self._uses.note(wanted.name)
+        room.keep_limits([wanted.name])  # other pulls may have made room at the same time
         return pulled
 
     def plan_pull(
@@ -1528,7 +1553,9 @@ class Cache:
         if repository is not None:
             Name.parse(f"{repository}:latest")
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
-        return import_archive(
+        room = self._room
+        room.prepare(opened)
+        imported = import_archive(
             self._database,
             self._session,
             opened,
@@ -1539,6 +1566,8 @@ class Cache:
             ttl=ttl,
             progress=progress,
         )
+        room.keep_limits([image.name for image in imported])
+        return imported
 
     def export(
         self,

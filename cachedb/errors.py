@@ -12,6 +12,7 @@ CacheError
 ├── InvalidArchive       an archive or image layout cannot be used
 ├── DigestMismatch       content differs from its declared digest or size
 ├── IncompleteImage      a blob that the operation needs is not stored
+├── NoRoom               an image does not fit into the limits of the cache, and nothing more may be removed
 ├── NotACache            the directory is not a cache and cannot become one
 ├── NotOurs              a directory or file is not safely ours: it belongs to another user, is a link or has hard
 │                        links, was replaced, or is on another file system; nothing in it is changed
@@ -52,6 +53,7 @@ __all__ = [
     "InvalidQuery",
     "InvalidRevision",
     "NameInUse",
+    "NoRoom",
     "NotACache",
     "NotInCache",
     "NotOurs",
@@ -139,6 +141,10 @@ class DigestMismatch(CacheError):
 
 class IncompleteImage(CacheError):
     """A blob that the operation needs is not stored."""
+
+
+class NoRoom(CacheError):
+    """An image does not fit into the limits of the cache, and nothing more may be removed."""
 
 
 class NotACache(CacheError):

@@ -17,13 +17,14 @@ from cachedb.errors import CacheError
 from cachedb.progress import Advance
 from cachedb.reentry import on_behalf_of
 
-__all__ = ["in_threads", "report_in_thread", "start"]
+__all__ = ["at_low_priority", "in_threads", "report_in_thread", "start"]
 
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _MAX_QUEUED_CALLS = 16
+_LOW_NICENESS, _LEAST_NICENESS = 10, 19  # added to that of the process, and the most that there is
 
 
 def start(thread: threading.Thread) -> bool:
@@ -158,3 +159,21 @@ def in_threads(
             with suppress(RuntimeError):  # not started: an interrupt came first
                 thread.join()
     return [done[number] for number in sorted(done)]
+
+
+def at_low_priority(work: Callable[[], T]) -> T:
+    """Run a function in a thread of lower priority, and return its result.
+
+    A process without privileges cannot raise its priority again, so the calling thread keeps its own.
+    """
+    caller = threading.get_native_id()
+
+    def run(_item: None, _advance: Advance) -> T:
+        thread = threading.get_native_id()
+        if thread != caller:  # else no thread can start
+            with suppress(OSError):
+                niceness = os.getpriority(os.PRIO_PROCESS, thread) + _LOW_NICENESS
+                os.setpriority(os.PRIO_PROCESS, thread, min(niceness, _LEAST_NICENESS))
+        return work()
+
+    return in_threads(run, [None], lambda _: None, threads=1)[0]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from cachedb import threads
 from cachedb.progress import Advance, sum_progress
-from cachedb.threads import in_threads, report_in_thread
+from cachedb.threads import at_low_priority, in_threads, report_in_thread
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -120,3 +122,24 @@ def test_an_error_of_progress_beside_a_block_ends_the_block(at: str) -> None:
             tell()
         reached = True
     assert reached is (at == "the end")
+
+
+# Priority
+
+
+def test_work_at_low_priority_leaves_the_priority_of_its_caller() -> None:
+    def read_priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = read_priority()
+    assert at_low_priority(read_priority) == min(before + 10, 19)
+    assert read_priority() == before
+    with pytest.raises(KeyError):
+        at_low_priority(dict[str, int]().popitem)
+
+
+def test_work_at_low_priority_is_done_by_its_caller_if_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "start", lambda _: False)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    assert at_low_priority(threading.get_native_id) == threading.get_native_id()
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -1,4 +1,4 @@
-"""Print the library's log on stderr: warnings and waits, and with --verbose everything."""
+"""Print the library's log on stderr: warnings, waits and automatic prunes, and with --verbose everything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from cachedb.text import printable
 
-__all__ = ["log_above", "print_line", "show_log"]
+__all__ = ["hide_prunes", "log_above", "print_line", "show_log"]
 
 
 class _Log(logging.Handler):
@@ -19,16 +19,19 @@ class _Log(logging.Handler):
         super().__init__()
         self.print_above: Callable[[str], object] | None = None
         """Print a line above the progress bars; None while there are no bars."""
+        self.hides_prunes = False
+        """Whether the records of automatic prunes are not printed."""
         self._verbose, self._waiting = verbose, False
 
     def emit(self, record: logging.LogRecord) -> None:
         wait = getattr(record, "wait", None)
-        if wait is None and not self._verbose and record.levelno < logging.WARNING:
+        is_important = record.levelno >= logging.WARNING or (hasattr(record, "pruned") and not self.hides_prunes)
+        if wait is None and not self._verbose and not is_important:
             return
         with suppress(OSError, ValueError):  # stderr may be closed
-            self._print(printable(record.getMessage()), record, wait)
+            self._print(printable(record.getMessage()), wait, is_important=is_important)
 
-    def _print(self, message: str, record: logging.LogRecord, wait: str | None) -> None:
+    def _print(self, message: str, wait: str | None, *, is_important: bool) -> None:
         line = f"cachedb: {message}"
         if self.print_above is None and sys.stderr.isatty():
             clear = "\r\x1b[K" if self._waiting else ""
@@ -36,7 +39,7 @@ class _Log(logging.Handler):
             text = "" if wait == "end" and not self._verbose else line
             sys.stderr.write(f"{clear}{text}" + ("" if self._waiting or not text else "\n"))
             sys.stderr.flush()
-        elif record.levelno >= logging.WARNING or (self._verbose and wait != "on"):
+        elif is_important or (self._verbose and wait != "on"):
             (self.print_above or print_line)(line)
 
 
@@ -58,6 +61,12 @@ def show_log(*, verbose: bool) -> None:
     logger.addHandler(_handlers[0])
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+
+
+def hide_prunes() -> None:
+    """Print no automatic prunes, unless `show_log` was called with ``verbose``."""
+    for handler in _handlers:
+        handler.hides_prunes = True
 
 
 @contextmanager

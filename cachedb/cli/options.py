@@ -269,7 +269,15 @@ def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def quiet_option(what: str) -> Callable[[Any], Any]:
     """Return the option -q of a command that then prints only ``what``."""
-    return click.option("-q", "--quiet", is_flag=True, help=f"Print only {what}.")
+    return click.option("-q", "--quiet", is_flag=True, callback=_be_quiet, help=f"Print only {what}.")
+
+
+def _be_quiet(_context: click.Context, _option: click.Parameter, is_quiet: bool) -> bool:
+    if is_quiet:
+        from cachedb.cli.log import hide_prunes
+
+        hide_prunes()
+    return is_quiet
 
 
 class DurationParameter(_Parameter):

@@ -355,14 +355,10 @@ def _check_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> None:
     Raises:
         CacheError: with what keeps the space.
     """
+    from cachedb.operations.plan import explain_missing
+
     if missing_size:
-        problem = f"cannot free {format_size(missing_size)} more, because"
-        if not kept_sizes:
-            raise CacheError(f"{problem} planned images have been used or held since: prune again later")
-        kept = ", ".join(f"{format_size(size)} {name}" for name, size in _sort_sizes(kept_sizes))
-        raise CacheError(
-            f"{problem} the rest stays ({kept}): raise the limit, change what the policy keeps, or release holds"
-        )
+        raise CacheError(explain_missing(missing_size, kept_sizes))
 
 
 # policy

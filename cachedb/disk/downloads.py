@@ -9,14 +9,15 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from cachedb.disk import single_flight
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import partial_digest
-from cachedb.errors import os_errors
+from cachedb.errors import ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest
 
-__all__ = ["claim_key", "find_resumable_bytes", "is_stale", "remove_stale_downloads"]
+__all__ = ["claim_key", "find_resumable_bytes", "is_stale", "measure_fresh", "remove_stale_downloads"]
 
 
 _STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
@@ -76,6 +77,14 @@ def _has_writer(file: int) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def measure_fresh(path: Path) -> int:
+    """Return the bytes of a partial download that `remove_stale_downloads` keeps; 0 if there is none."""
+    with ignore_os_errors():
+        found = path.lstat()
+        return found.st_size if time.time() - found.st_mtime < _STALE_SECONDS else 0
+    return 0
 
 
 def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:

@@ -241,8 +241,14 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
 
 
 @contextmanager
-def try_claim(directory: Path, key: str) -> Iterator[bool]:
-    """Yield whether this thread got the claim on a key; if it did, it keeps the claim during the block."""
+def try_claim(directory: Path, key: str, *, is_working: Callable[[], bool] | None = None) -> Iterator[bool]:
+    """Yield whether this thread got the claim on a key; if it did, it keeps the claim during the block.
+
+    Args:
+        directory: of the cache.
+        key: names the thing that is wanted.
+        is_working: as for `claim_or_find`; None for a block that takes a moment only.
+    """
     path, own_paths = _claim_path(directory, key), _claims_of_thread()  # another thread may end the block
     if path in own_paths:
         yield False
@@ -253,7 +259,10 @@ def try_claim(directory: Path, key: str) -> Iterator[bool]:
         lock = _take_claim(path, key)
         if lock is None:
             own_paths.discard(path)
-        yield lock is not None
+        with ExitStack() as block:
+            if lock is not None and is_working is not None:
+                block.enter_context(_noting_progress(directory, key, is_working))
+            yield lock is not None
     finally:
         own_paths.discard(path)
         if lock is not None and not lock.closed:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb.disk.layout import blob_path
@@ -23,18 +23,30 @@ from cachedb.oci.names import Name
 from cachedb.text import shorten
 
 __all__ = [
+    "Totals",
     "ambiguous_error",
     "find_digest",
     "read_all_stored_sizes",
     "read_blob_details",
     "read_image_names",
+    "read_sizes_from",
     "read_stored_size",
     "read_stored_sizes",
     "set_stored",
     "starts_with",
+    "sum_sizes",
 ]
 
 _CANDIDATES = 3  # digests that the error for an ambiguous text lists
+
+
+class Totals(NamedTuple):
+    """The sums of the sizes of all blobs, and the newest row."""
+
+    stored_size: int  # bytes
+    all_size: int  # bytes, with those of blobs that are not stored
+    last_id: int  # 0 without rows
+    last_digest: str
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
@@ -71,6 +83,25 @@ def read_stored_size(database: Database, digest: Digest) -> int | None:
     """Return a blob's size in bytes, or None if it is not stored."""
     rows = database.rows(_select_size(), {"digest": digest})
     return rows[0][0] if rows else None
+
+
+def sum_sizes(connection: Connection) -> Totals:
+    """Return the sums of all sizes; with hundreds of thousands of blobs, this takes tenths of a second."""
+    is_stored = BLOBS.c.stored_at.is_not(None)
+    sums = [func.coalesce(sum_, 0) for sum_ in (func.sum(BLOBS.c.size).filter(is_stored), func.sum(BLOBS.c.size))]
+    sizes = connection.execute(select(*sums)).one()
+    last = connection.execute(select(BLOBS.c.id, BLOBS.c.digest).order_by(BLOBS.c.id.desc()).limit(1)).first()
+    return Totals(sizes[0], sizes[1], *(0, "") if last is None else (last.id, last.digest))
+
+
+def read_sizes_from(database: Database, row_id: int) -> list[tuple[int, str, int]]:
+    """Return the id, the digest and the bytes of all blobs from a row on, stored or not."""
+    return [(row[0], row[1], row[2]) for row in database.rows(_select_sizes_from(), {"from": row_id})]
+
+
+@cache
+def _select_sizes_from() -> Select[*tuple[Any, ...]]:
+    return select(BLOBS.c.id, BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.id >= bindparam("from")).order_by(BLOBS.c.id)
 
 
 @cache

@@ -71,6 +71,7 @@ class Rules(NamedTuple):
     keeps: Sequence[ColumnElement[bool]] = ()
     removes: Sequence[ColumnElement[bool]] = ()
     is_recent: ColumnElement[bool] | None = None  # keeps images that were used a moment ago
+    spared: Collection[int] = ()  # ids of images that the caller works with; they count as in use
     dead_sessions: Collection[str] = ()  # sessions and holds whose leases have ended
 
 
@@ -128,6 +129,7 @@ def _mark(rules: Rules) -> CTE:
         (is_pinned(), PINNED),
         (IMAGES.c.manifest_id.in_(_select_leased_ids(rules, is_hold)), HELD),
         (IMAGES.c.manifest_id.in_(_select_leased_ids(rules, ~is_hold)), IN_USE),
+        (are_among(IMAGES.c.id, rules.spared), IN_USE),
         *((condition, number) for number, condition in enumerate(rules.keeps, 1)),
     ]
     if rules.is_recent is not None:

@@ -6,7 +6,7 @@ lose.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import NamedTuple
 
@@ -23,8 +23,9 @@ from cachedb.oci.names import Name
 from cachedb.operations.least import choose_least
 from cachedb.operations.policy import Limits, Policy
 from cachedb.operations.rules import RECENT_SECONDS, build_rules, run_queries
+from cachedb.text import format_size
 
-__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "make_plan"]
+__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "explain_missing", "make_plan"]
 
 
 _REASONS = {
@@ -88,13 +89,22 @@ class Explanation(NamedTuple):
         return f"{self.name} is kept: {self.kept_by}{spared}"
 
 
-def make_plan(database: Database, policy: Policy, *, to_free: int | None = None) -> Plan:
+def make_plan(
+    database: Database,
+    policy: Policy,
+    *,
+    to_free: int | None = None,
+    incoming_size: int = 0,
+    spared: Collection[Name] = (),
+) -> Plan:
     """Plan which images a prune removes: those that the policy's rules remove, and as few as the limits require.
 
     Args:
         database: of the cache.
         policy: the rules and limits.
         to_free: bytes to free in any case, garbage included.
+        incoming_size: bytes that will be stored, for which the limits must have room.
+        spared: images that stay, because the caller works with them.
 
     Raises:
         InvalidPolicy: if a rule has no condition.
@@ -104,10 +114,10 @@ def make_plan(database: Database, policy: Policy, *, to_free: int | None = None)
     answers = run_queries(database, policy)
     files = measure_files(database.directory)
     with database.read() as connection:
-        rules = build_rules(connection, database, policy, answers)
+        rules = build_rules(connection, database, policy, answers, spared)
         garbage_sizes = {"reclaimable": eviction.sum_unleased_garbage(connection, rules), **files.freed}
         total_size = eviction.sum_stored(connection) + files.total_size
-        limit, needed_size = _find_need(database, policy.limits, total_size, to_free)
+        limit, needed_size = _find_need(database, policy.limits, total_size, incoming_size, to_free)
         image_size = max(0, needed_size - sum(garbage_sizes.values()))  # to free by removing images
         ranked = eviction.rank_images(connection, rules, image_size)
         chosen = choose_least(connection, rules, ranked, image_size)
@@ -121,15 +131,16 @@ def make_plan(database: Database, policy: Policy, *, to_free: int | None = None)
     return Plan(planned, freed_size, needed_size, garbage_sizes, kept_sizes)
 
 
-def _find_need(database: Database, limits: Limits, total_size: int, to_free: int | None) -> tuple[str, int]:
+def _find_need(
+    database: Database, limits: Limits, total_size: int, incoming_size: int, to_free: int | None
+) -> tuple[str, int]:
     """Return the limit that requires the most bytes to be freed, and these bytes."""
     needs = {"to-free": to_free or 0}
-    if limits.max_size is not None and total_size > limits.max_size:
-        needs["max-size"] = total_size - int(limits.max_size * limits.down_to)
+    if limits.max_size is not None and total_size + incoming_size > limits.max_size:
+        needs["max-size"] = total_size + incoming_size - int(limits.max_size * limits.down_to)
     if limits.min_free is not None:
         found = measure_file_system(database.directory)
-        wanted = limits.min_free if isinstance(limits.min_free, int) else int(limits.min_free * found.size)
-        needs["min-free"] = wanted - found.free
+        needs["min-free"] = limits.choose_free_size(found.size) + incoming_size - found.free
     limit = max(needs, key=needs.__getitem__)
     return limit, max(0, needs[limit])
 
@@ -149,6 +160,21 @@ def _name_reason(number: int) -> str:
 
 def _name_rule(number: int | None) -> str | None:
     return None if number is None else _EXPIRED if number == eviction.EXPIRED else f"remove {number}"
+
+
+def explain_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> str:
+    """Return why a limit cannot be met.
+
+    Args:
+        missing_size: bytes that the limits require, but that were not freed.
+        kept_sizes: as in `Plan`.
+    """
+    problem = f"cannot free {format_size(missing_size)} more, because"
+    if not kept_sizes:
+        return f"{problem} planned images have been used or held since: prune again later"
+    largest = sorted(kept_sizes.items(), key=lambda pair: -pair[1])
+    kept = ", ".join(f"{format_size(size)} {reason}" for reason, size in largest if size)
+    return f"{problem} the rest stays ({kept}): raise the limit, change what the policy keeps, or release holds"
 
 
 def explain(database: Database, policy: Policy, name: str | Name, *, to_free: int | None = None) -> Explanation:

@@ -87,6 +87,11 @@ class Limits(NamedTuple):
     min_free: int | float | None = None  # int: bytes; float: fraction of the file system
     down_to: float = 1.0  # fraction of ``max_size`` at which a prune stops
 
+    def choose_free_size(self, size: int) -> int:
+        """Return the bytes that must be free on a file system of a size in bytes; 0 without ``min_free``."""
+        wanted = self.min_free or 0
+        return wanted if isinstance(wanted, int) else int(wanted * size)
+
 
 class Policy(NamedTuple):
     """What to keep, what to remove, and the limits; a keep always wins."""

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cachedb.arguments import check_positive
 from cachedb.content import collect
@@ -23,8 +23,11 @@ from cachedb.operations.plan import Plan, PlannedImage, make_plan
 from cachedb.operations.policy import Policy
 from cachedb.progress import Progress, sum_progress
 
-__all__ = ["KeptImage", "Pruned", "apply_plan", "check_arguments", "prune"]
+__all__ = ["CLAIM_KEY", "KeptImage", "Pruned", "apply_plan", "check_arguments", "prune", "remove_planned"]
 
+
+CLAIM_KEY: Final = "prune"
+"""The key of the claim that the process has that prunes."""
 
 _BATCH_SECONDS = 0.05  # of removing images under one write lock
 
@@ -82,18 +85,29 @@ def prune(
         Busy: if another process prunes for too long.
     """
     database.folders.check()  # a cache that can only be read fails here
-    with single_flight.claim_or_find(database.directory, "prune", lambda: None, seconds=database.wait_seconds):
+    with single_flight.claim_or_find(database.directory, CLAIM_KEY, lambda: None, seconds=database.wait_seconds):
         if plan is None:  # before the collection, because garbage counts as freed
             made = database.reserve.run(lambda: make_plan(database, policy, to_free=to_free))
         else:
             made = Plan(list(plan), 0, 0, {}, {})
-        files = measure_files(database.directory)
-        garbage = collect.collect_all(database)
-        pruned = apply_plan(database, made.images, progress)
+        pruned = remove_planned(database, made, progress)
+    return pruned._replace(used_size=_measure_used(database))
+
+
+def remove_planned(database: Database, made: Plan, progress: Progress | None = None) -> Pruned:
+    """Collect garbage, then remove the images of a plan; the caller has the claim on `CLAIM_KEY`.
+
+    Args:
+        database: of the cache.
+        made: the plan.
+        progress: as for `prune`.
+    """
+    files = measure_files(database.directory)
+    garbage = collect.collect_all(database)
+    pruned = apply_plan(database, made.images, progress)
     return pruned._replace(
         garbage=garbage,
         garbage_sizes={"reclaimable": garbage.bytes, **files.freed},
-        used_size=_measure_used(database),
         missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size),
         kept_sizes=made.kept_sizes,
     )

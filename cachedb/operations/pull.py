@@ -39,6 +39,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name, RemoteName
+from cachedb.operations.room import Room
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
 from cachedb.threads import in_threads
@@ -113,7 +114,7 @@ def plan_pull(
             access=access,
         )
     ) as source:
-        return _Pull(database, session, source, platform, referrers, None, None).plan()
+        return _Pull(database, session, source, platform, referrers, None, None, None).plan()
 
 
 def pull(
@@ -129,6 +130,7 @@ def pull(
     foreign_layers: bool = False,
     ttl: float | None = None,
     access: Access = DEFAULT_ACCESS,
+    room: Room | None = None,
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
 ) -> Pulled:
@@ -146,6 +148,7 @@ def pull(
         foreign_layers: download foreign layers that the registry lacks from their URLs.
         ttl: seconds until the name expires, whether it was here or not; None for never.
         access: how to reach the registry.
+        room: makes room before the first byte of a blob.
         progress: called with the bytes done and the total.
         blob_progress: called with the progress of each blob.
 
@@ -154,6 +157,7 @@ def pull(
         NotInCache: if the image does not have the platform.
         InvalidManifest: if one of its manifests is invalid.
         DigestMismatch: if downloaded content has a wrong digest or size.
+        NoRoom: if the image does not fit into the limits of the cache.
     """
     started = time.monotonic()
     with closing(
@@ -166,7 +170,7 @@ def pull(
             access=access,
         )
     ) as source:
-        work = _Pull(database, session, source, platform, referrers, progress, blob_progress, ttl)
+        work = _Pull(database, session, source, platform, referrers, room, progress, blob_progress, ttl)
 
         def find() -> Pulled | None:
             here = work.find_complete() if if_missing or (wanted.digest and not referrers) else None
@@ -191,12 +195,13 @@ class _Pull:
         source: Source,
         platform: str | None,
         referrers: bool,
+        room: Room | None,
         progress: Progress | None,
         blob_progress: BlobProgress | None,
         ttl: float | None = None,
     ) -> None:
         self._database, self._session, self._source, self._name = database, session, source, source.name
-        self._platform, self._referrers = platform, referrers
+        self._platform, self._referrers, self._room = platform, referrers, room
         self._progress, self._blob_progress, self._ttl = progress, blob_progress, ttl
         self._holds: list[Hold] = []  # on blobs stored before the image is complete
         self._downloaded: dict[Digest, int] = {}
@@ -302,13 +307,15 @@ class _Pull:
         wanted = {blob.digest: blob for blob in [*closure, *attached] if blob.digest not in left_out}
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
-            for digest, data in self._source.documents.items():
-                if digest not in hold.digests:
-                    received[digest] = publish.receive(self._session, BytesIO(data), digest=digest)
+            documents = {key: data for key, data in self._source.documents.items() if key not in hold.digests}
             known = hold.digests | self._source.documents.keys()
             rest = sorted(
                 (blob for digest, blob in wanted.items() if digest not in known), key=lambda blob: -blob.size
             )  # large blobs first, so that all threads finish at about the same time
+            if self._room is not None:  # only now, because the blobs that are stored are held
+                self._room.make(self._name, sum(map(len, documents.values())) + sum(map(self._find_incoming, rest)))
+            for digest, data in documents.items():
+                received[digest] = publish.receive(self._session, BytesIO(data), digest=digest)
             advance = sum_progress(sum(blob.size for blob in rest), self._progress)
             in_threads(self._fetch, rest, advance, threads=_PARALLEL_DOWNLOADS, stop=self._source.stop)
 
@@ -353,6 +360,10 @@ class _Pull:
             resumed=sum(self._source.resumed.values()),
             left_out=len(left_out),
         )
+
+    def _find_incoming(self, blob: Descriptor) -> int:
+        """Return the bytes of a blob that a download adds to those on the disk."""
+        return max(0, blob.size - downloads.measure_fresh(partial_path(self._database.directory, blob.digest)))
 
     def _read_closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:
         """Return the wanted closure of an image, root first, and the chosen children of its indexes."""

@@ -6,14 +6,14 @@ A query of a rule runs first, on its own: the conditions hold its answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from sqlalchemy import ColumnElement, Connection, and_, or_, select
 
 from cachedb.content.session import lock_path
 from cachedb.disk import locks
 from cachedb.errors import InvalidPolicy
-from cachedb.index import eviction, holds
+from cachedb.index import eviction, holds, images
 from cachedb.index.eviction import Rules
 from cachedb.index.filters import Filters, build_conditions, is_like, is_pattern, is_repository_like, subtract_seconds
 from cachedb.index.sqlite.database import Database
@@ -45,8 +45,22 @@ def run_queries(database: Database, policy: Policy) -> dict[str, list[str]]:
     return found
 
 
-def build_rules(connection: Connection, database: Database, policy: Policy, answers: Mapping[str, list[str]]) -> Rules:
-    """Return the conditions of a policy, with the answers of `run_queries`."""
+def build_rules(
+    connection: Connection,
+    database: Database,
+    policy: Policy,
+    answers: Mapping[str, list[str]],
+    spared: Collection[Name] = (),
+) -> Rules:
+    """Return the conditions of a policy.
+
+    Args:
+        connection: to the index.
+        database: of the cache.
+        policy: the rules.
+        answers: of `run_queries`.
+        spared: images that stay, because the caller works with them.
+    """
     known = {str(Name(*row[1:])): row[0] for row in _read_names(connection, policy)}
 
     def build(rule: Keep | Remove) -> ColumnElement[bool]:
@@ -61,7 +75,8 @@ def build_rules(connection: Connection, database: Database, policy: Policy, answ
         for session in holds.read_lapsed(connection)
         if not locks.is_held(lock_path(database.directory, session))
     }
-    return Rules(list(map(build, policy.keep)), list(map(build, policy.remove)), is_recent, dead)
+    spared_ids = [row.id for row in images.look_up_all(connection, spared).values()]
+    return Rules(list(map(build, policy.keep)), list(map(build, policy.remove)), is_recent, spared_ids, dead)
 
 
 def _read_names(connection: Connection, policy: Policy) -> Iterable[tuple[int, str, str]]:
