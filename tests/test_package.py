@@ -84,6 +84,8 @@ def test_an_installed_package_creates_a_cache_and_migrates_its_schema(
     assert (package.parent / "py.typed").is_file()
     for name in ("page.html.j2", "page.css", "page.js"):
         assert (package.parent / "reports" / name).is_file()
+    for name in ("cachedb-prune.service", "cachedb-prune.timer"):
+        assert (package.parent / "cli" / "units" / name).is_file()
     program, archive = environment / "bin" / "cachedb", ROOT / "examples" / "hello.oci.tar"
     command = [str(program), "--dir", "cache", "import", "-q", str(archive)]
     result = subprocess.run(command, cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)

@@ -133,6 +133,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "adopt": "maintenance",
         "copy": "maintenance",
         "ps": "maintenance",
+        "systemd": "systemd",
         "blob": "blob",
         "completion": "completion",
         "help": "help",

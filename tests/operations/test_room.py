@@ -51,9 +51,10 @@ def remote() -> Iterator[Registry]:
 
 
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Return a function that returns the messages so far, from warnings on, and of prunes."""
     caplog.set_level(logging.INFO, "cachedb")
+    monkeypatch.setattr(logging.getLogger("cachedb"), "propagate", True)  # the command line turns it off
     return lambda: [
         record.getMessage()
         for record in caplog.records
@@ -260,7 +261,15 @@ def test_a_pull_plans_again_if_a_planned_image_was_used_meanwhile(
         return real(cache._database, made)
 
     monkeypatch.setattr(prune, "remove_planned", use_then_remove)
+    seen = list[list[str]]()
+
+    def note_names(call: Call) -> Answer:
+        seen.append(names_of(cache))
+        return call.serve()
+
+    remote.fault(note_names, path="/v2/new/blobs/")
     cache.pull(f"{remote.host}/new:1")
+    assert seen == [["old:1"]]
     assert planned == [["old:1"], ["other:1"]]
     assert names_of(cache) == [f"{remote.host}/new:1", "old:1"]
 
