@@ -849,7 +849,8 @@ class Cache:
         """Collect garbage, then remove the images that a policy removes. One process prunes at a time.
 
         An image that was used, moved, pinned or held since it was planned stays. Other processes can write between two
-        batches.
+        batches. If the policy of the cache has limits, `pull`, `cache_from_tar`, `adopt` and the methods that save do
+        this by themselves; docs/reference/configuration.md says when.
 
         Args:
             policy: as for `plan_prune`.

@@ -17,7 +17,7 @@ from cachedb.content.last_used import Uses
 from cachedb.disk import single_flight
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.disk.waiting import LOG
-from cachedb.errors import Busy, CacheError, NoRoom, ignore_os_errors
+from cachedb.errors import Busy, CacheError, NoRoom, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.text import format_size
 from cachedb.threads import at_low_priority
@@ -123,7 +123,8 @@ class Room:
         if policy is None or time.monotonic() < self._retry_at:
             return
         try:
-            self._keep_limits(policy, names)
+            with os_errors("make a lock file"):
+                self._keep_limits(policy, names)
         except CacheError as error:
             self._warn(str(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -366,8 +367,9 @@ def test_a_single_blob_is_followed_by_a_prune(cache: Cache) -> None:
 
 @pytest.mark.parametrize("add", [*ADDITIONS, pull_new])
 def test_the_images_of_an_operation_survive_its_own_prune(
-    cache: Cache, tmp_path: Path, add: Callable[[Cache, Path], None]
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add: Callable[[Cache, Path], None]
 ) -> None:
+    monkeypatch.setattr(room, "_RETRY_SECONDS", 0.0)
     save_old(cache, "old:1", OLD)
     limit(cache, 'max-size = "1MB"' if add is not pull_new else 'max-size = "5MB"', more='[[remove]]\nnames = ["*"]\n')
     add(cache, tmp_path)
@@ -414,6 +416,20 @@ def test_a_prune_that_fails_is_a_warning(
     assert logged() == ["cannot prune automatically: the disk is gone"]
 
 
+def test_a_claim_that_cannot_be_taken_is_a_warning(
+    cache: Cache, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(cache)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(single_flight, "_take_claim", fail)
+    cache.add_blob(b"stored")
+    (message,) = logged()
+    assert message.startswith("cannot prune automatically: cannot make a lock file: No space left on device")
+
+
 def test_another_prune_is_not_waited_for(cache: Cache, logged: Callable[[], list[str]]) -> None:
     save_old(cache, "old:1", OLD)
     limit(cache)
@@ -450,8 +466,9 @@ def test_a_prune_looks_again_for_images_that_came_meanwhile(cache: Cache, monkey
         return done
 
     monkeypatch.setattr(room.Room, "_remove", remove)
-    make.save(cache, "new:1", NEW)
-    assert names_of(cache) == ["late:1", "new:1"]
+    cache.add_blob(NEW.layers[0])
+    assert removed == [1]
+    assert names_of(cache) == ["late:1"]
 
 
 def test_an_image_that_comes_while_another_process_measures_is_noticed(
@@ -598,16 +615,21 @@ def test_without_a_policy_nothing_of_a_prune_is_imported(directory: Path) -> Non
 def test_a_forked_child_prunes_too(cache: Cache) -> None:
     save_old(cache, "old:1", OLD)
     limit(cache)
-    cache.add_blob(b"measured")
-    child = os.fork()
-    if child == 0:
-        try:
-            make.save(cache, "new:1", NEW)
-            cache.close()
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    assert names_of(cache) == ["new:1"]
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+        with Cache.open(sys.argv[1]) as cache:
+            cache.add_blob(b"measured")
+            if (child := os.fork()) == 0:
+                cache.add_blob(bytes(3_000_000))
+                print(cache.list_names(), flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+        """,
+        cache.directory,
+    )
+    assert output == "[]\n"
 
 
 # Priority
