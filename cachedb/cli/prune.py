@@ -28,7 +28,7 @@ from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import read_text, write_text
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, NotInCache
-from cachedb.text import format_age, format_size, parse_size, shorten_digest
+from cachedb.text import format_age, format_size, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.cache import Cache
@@ -46,24 +46,20 @@ __all__ = []
 # prune
 
 
-class _PercentageParameter(_Parameter):
-    """A percentage such as 90%, converted to a fraction; or a size, if that is allowed."""
+class _LimitParameter(_Parameter):
+    """The value of a limit, as the policy has it: a percentage, or a percentage or size."""
 
-    def __init__(self, name: str, *, or_size: bool = False) -> None:
-        self.name, self._or_size = name, or_size
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        from cachedb.operations.policy import parse_fraction
+        from cachedb.operations.policy import parse_free_space, parse_percentage
 
-        fraction = parse_fraction(value)
-        if self._or_size:
-            found = parse_size(value) if fraction is None else fraction
-            if found is None:
-                self.fail(f"{value!r} is neither a percentage nor a size: write it as in 15% or 20GB", param, ctx)
-            return found
-        if not fraction:
-            self.fail(f"{value!r} is not a percentage: write it as in 90%", param, ctx)
-        return fraction
+        parse = parse_percentage if self.name == "percentage" else parse_free_space
+        try:
+            return parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Wishes(NamedTuple):
@@ -98,13 +94,13 @@ class _Wishes(NamedTuple):
 @click.option(
     "--min-free",
     metavar="PERCENT|SIZE",
-    type=_PercentageParameter("percentage or size", or_size=True),
+    type=_LimitParameter("percentage or size"),
     help="The least free space of the file system.",
 )
 @click.option(
     "--down-to",
     metavar="PERCENT",
-    type=_PercentageParameter("percentage"),
+    type=_LimitParameter("percentage"),
     help="If the cache exceeds --max-size, go down to this part of it.  [default: 100%]",
 )
 @click.option("--to-free", metavar="SIZE", type=SizeParameter(), help="Free at least so many bytes now.")
@@ -215,21 +211,22 @@ def _make_rule(wishes: _Wishes) -> Remove | None:
     from cachedb.index.filters import parse_filters
     from cachedb.operations.policy import Remove
 
-    durations = {"unused-for": wishes.unused_for, "added-before": wishes.added_before}
-    texts = [f"{key}={seconds}s" for key, seconds in durations.items() if seconds is not None]
-    filters = parse_filters([*texts, *wishes.conditions])
-    if not filters.has_conditions:
-        return None
+    filters = parse_filters(wishes.conditions)
+    for key in ("unused_for", "added_before"):
+        if getattr(wishes, key) is not None and getattr(filters, key) is not None:
+            name = key.replace("_", "-")
+            raise click.UsageError(f"--{name} and --filter {name}=... exclude each other: give one of them")
     if filters.base is not None or filters.digest is not None or len(filters.platforms) > 1:
         raise click.UsageError("--filter takes neither base, digest nor several platforms: write a rule with sql")
     age = None if filters.added_before is None else (datetime.now(UTC) - filters.added_before).total_seconds()
-    return Remove(
+    rule = Remove(
         labels=filters.labels,
         platform=filters.platforms[0] if filters.platforms else None,
-        unused_for=filters.unused_for,
-        added_before=age,
+        unused_for=filters.unused_for if wishes.unused_for is None else wishes.unused_for,
+        added_before=age if wishes.added_before is None else wishes.added_before,
         incomplete=filters.incomplete,
     )
+    return None if rule == Remove() else rule
 
 
 def _check_purpose(policy: Policy, wishes: _Wishes) -> None:
@@ -388,23 +385,41 @@ def policy() -> None:
     """
 
 
-@policy.command("show", epilog=format_examples("cachedb policy show"))
-def policy_show() -> None:
-    """Print the policy that applies, in TOML, with the default rule that keeps images just used."""
+@policy.command("show", epilog=format_examples("cachedb policy show", "cachedb policy show --format json"))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["toml", "json"]),
+    default="toml",
+    show_default=True,
+    help="How to print the policy.",
+)
+def policy_show(form: str) -> None:
+    """Print the policy that applies, with the default rule that keeps images just used."""
     from cachedb.operations.policy import Keep, Policy, format_policy, load_policy
     from cachedb.operations.rules import RECENT_SECONDS
 
     directory = cache_directory()
     found = load_policy(directory)
+    if form == "json":
+        print_json(_describe_policy(found, int(RECENT_SECONDS) if found.keeps_recent else None))
+        return
     if (directory / POLICY_FILE).exists():
         click.echo(f"# {directory / POLICY_FILE}")
     else:
         click.echo(f"# there is no {POLICY_FILE}: `cachedb policy edit` writes one")
     if text := format_policy(found):
         click.echo(f"\n{text}", nl=False)
-    if all(rule.used_within is None for rule in found.keep):
+    if found.keeps_recent:
         default = format_policy(Policy(keep=(Keep(used_within=RECENT_SECONDS),)))
         click.echo(f"\n# the default, without another used-within\n{default}", nl=False)
+
+
+def _describe_policy(found: Policy, default_used_within: int | None) -> dict[str, Any]:
+    """Return a policy as its JSON has it."""
+    keep, remove = ([{**rule._asdict(), "labels": dict(rule.labels)} for rule in rules] for rules in found[1:])
+    limits = found.limits._asdict()
+    return {"limits": limits, "keep": keep, "remove": remove, "default_used_within": default_used_within}
 
 
 @policy.command("check", epilog=format_examples("cachedb policy check", "cachedb policy check ./policy.toml"))

@@ -29,6 +29,7 @@ from cachedb.text import parse_duration, parse_size, shorten
 
 __all__ = [
     "EXPRESSION",
+    "QUERY_SECONDS",
     "Keep",
     "Limits",
     "Policy",
@@ -37,8 +38,9 @@ __all__ = [
     "format_policy",
     "install_policy",
     "load_policy",
-    "parse_fraction",
+    "parse_free_space",
     "parse_name_or_pattern",
+    "parse_percentage",
     "parse_policy",
     "read_policy",
 ]
@@ -47,8 +49,10 @@ __all__ = [
 EXPRESSION: Final = "re:"
 """The start of a regular expression among names."""
 
+QUERY_SECONDS = 60.0
+"""The longest time that a query of a rule may take."""
+
 _MAX_BYTES = 64 * 1024  # of a policy; a larger file is not one
-_QUERY_SECONDS = 60.0  # that the first row of a query may take
 
 T = TypeVar("T")
 
@@ -99,6 +103,11 @@ class Policy(NamedTuple):
     limits: Limits = Limits()
     keep: tuple[Keep, ...] = ()
     remove: tuple[Remove, ...] = ()
+
+    @property
+    def keeps_recent(self) -> bool:
+        """Whether images that were used a moment ago stay, because no rule says ``used-within``."""
+        return all(rule.used_within is None for rule in self.keep)
 
 
 # Parsing
@@ -239,21 +248,30 @@ def _parse_size(value: object) -> int:
     return size
 
 
-def parse_fraction(text: str) -> float | None:
-    """Parse a percentage such as ``15%`` into a fraction; None if it is invalid or above 100 %."""
-    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", text)
+def _find_fraction(text: object) -> float | None:
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", text) if isinstance(text, str) else None
     return float(found[1]) / 100 if found and float(found[1]) <= 100 else None
 
 
-def _parse_fraction(value: object) -> float:
-    fraction = parse_fraction(value) if isinstance(value, str) else None
+def parse_percentage(value: object) -> float:
+    """Parse a percentage such as ``90%`` into a fraction, which is above 0 and at most 1.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    fraction = _find_fraction(value)
     if not fraction:
         raise ValueError(f'{shorten(value)} is not a percentage: write one as in "90%"')
     return fraction
 
 
-def _parse_free(value: object) -> int | float:
-    fraction = parse_fraction(value) if isinstance(value, str) else None
+def parse_free_space(value: object) -> int | float:
+    """Parse a percentage into a fraction, or a size such as ``20GB`` into bytes.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    fraction = _find_fraction(value)
     size = parse_size(value) if isinstance(value, str) and fraction is None else fraction
     if size is None:
         raise ValueError(f'{shorten(value)} is neither a percentage nor a size: write one as in "15%" or "20GB"')
@@ -327,8 +345,8 @@ def _parse_platform(value: object) -> str:
 
 _LIMIT_KEYS: Final[Mapping[str, _Parser]] = {
     "max-size": _parse_size,
-    "min-free": _parse_free,
-    "down-to": _parse_fraction,
+    "min-free": parse_free_space,
+    "down-to": parse_percentage,
 }
 _COMMON_KEYS: Final[Mapping[str, _Parser]] = {
     "names": _parse_names,
@@ -455,7 +473,7 @@ def check_policy(database: Database, text: str, source: str = POLICY_FILE) -> Po
     for kind, number, query in queries:
         if query is not None:
             try:
-                with run_query(database, query, timeout=_QUERY_SECONDS, stream=True):
+                with run_query(database, query, timeout=QUERY_SECONDS, stream=True):
                     pass
             except InvalidQuery as error:
                 raise _locate(text, source, _Mistake(f"sql: {error}", kind, number, "sql")) from None

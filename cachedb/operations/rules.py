@@ -20,15 +20,13 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import run_query
 from cachedb.index.tables import IMAGES
 from cachedb.oci.names import Name
-from cachedb.operations.policy import EXPRESSION, Keep, Policy, Remove
+from cachedb.operations.policy import EXPRESSION, QUERY_SECONDS, Keep, Policy, Remove
 
 __all__ = ["RECENT_SECONDS", "build_rules", "run_queries"]
 
 
 RECENT_SECONDS = 600.0
 """An image that was used in so many seconds is kept, unless a rule of the policy says ``used-within``."""
-
-_QUERY_SECONDS = 60.0  # that a query of a rule may take
 
 
 def _list_rules(policy: Policy) -> list[Keep | Remove]:
@@ -40,7 +38,7 @@ def run_queries(database: Database, policy: Policy) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for rule in _list_rules(policy):
         if rule.sql is not None and rule.sql not in found:
-            with run_query(database, rule.sql, timeout=_QUERY_SECONDS) as answer:
+            with run_query(database, rule.sql, timeout=QUERY_SECONDS) as answer:
                 found[rule.sql] = [row[0] for row in answer.rows if isinstance(row[0], str)]
     return found
 
@@ -67,7 +65,7 @@ def build_rules(
         return _build_rule(connection, rule, known, answers)
 
     is_recent = None
-    if all(rule.used_within is None for rule in policy.keep):
+    if policy.keeps_recent:
         is_recent = IMAGES.c.last_used_at > subtract_seconds(RECENT_SECONDS)
     # The leases of a dead process or an expired hold keep nothing: the next collection deletes them.
     dead = {

@@ -712,6 +712,8 @@ MUTATIONS = [
     Mutation("a part of no limit is a usage error", "cachedb/cli/prune.py", "    if wishes.down_to is not None and merged.max_size is None:\n", "    if False:\n", "tests/cli/test_prune.py -k wrong_usage"),
     Mutation("a filter that no rule has is refused", "cachedb/cli/prune.py", "    if filters.base is not None or filters.digest is not None or len(filters.platforms) > 1:\n", "    if False:\n", "tests/cli/test_prune.py -k wrong_usage"),
     Mutation("a limit that is not met is a failure", "cachedb/cli/prune.py", "    if missing_size:\n", "    if False:\n", "tests/cli/test_prune.py -k cannot_be_met"),
+    Mutation("an age of a rule is given once", "cachedb/cli/prune.py", "        if getattr(wishes, key) is not None and getattr(filters, key) is not None:\n", "        if False:\n", "tests/cli/test_prune.py -k wrong_usage"),
+    Mutation("a prune of a cache that can only be read says so", "cachedb/operations/prune.py", "    database.folders.check()  # a cache that can only be read fails here\n", "", "tests/cli/test_prune.py -k read_only"),
     Mutation("the options keep what the policy keeps", "cachedb/cli/prune.py", "        keep += (Keep(newest=wishes.newest),)\n", "        keep = (Keep(newest=wishes.newest),)\n", "tests/cli/test_prune.py -k options_replace"),
     Mutation("a failing query is named with its line", "cachedb/cli/prune.py", "        cache.check_policy(read_policy(cache.directory) or \"\")\n", "", "tests/cli/test_prune.py -k query"),
     Mutation("a prune says what is missing afterwards", "cachedb/operations/prune.py", "missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size)", "missing_size=0", "tests/operations/test_prune.py -k missing_afterwards"),
