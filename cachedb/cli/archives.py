@@ -18,6 +18,7 @@ from cachedb.cli.options import (
     format_option,
     ignore_missing_option,
     quiet_option,
+    ttl_option,
 )
 from cachedb.cli.output import print_json
 from cachedb.cli.progress import show_progress
@@ -40,6 +41,7 @@ __all__ = ["export", "import_"]
         "cachedb import --select 3f57d9401f8d app.tar team/app:2",
         "cachedb import oci:layout:1.0 app:1.0",
         "cachedb import --link layout/",
+        "cachedb import --ttl 6h app.tar",
         "docker save app:1 | cachedb import -",
     ),
 )
@@ -75,6 +77,7 @@ __all__ = ["export", "import_"]
     help="Refuse an archive that unpacks to more.  "
     "[default: $CACHEDB_MAX_UNPACKED, else 64GiB or 100 times its size, if that is less]",
 )
+@ttl_option
 @format_option
 @quiet_option("the images' names")
 def import_(
@@ -87,6 +90,7 @@ def import_(
     no_replace: bool,
     link: bool,
     max_unpacked: int | None,
+    ttl: int | None,
     form: str,
     quiet: bool,
 ) -> None:
@@ -128,6 +132,7 @@ def import_(
             replace=not no_replace,
             link=link,
             max_unpacked=max_unpacked,
+            ttl=ttl,
             progress=progress,
         )
     for image in found:

@@ -54,6 +54,8 @@ IMAGE_FIELDS: Final = (
     Field("author", "author", place=0),
     Field("media_type", "type", place=0),
     Field("complete", "state", format_state),
+    Field("pinned", "pinned", lambda pinned: "yes" if pinned else "no", place=0),
+    Field("expires_at", "expires", lambda time: f"{time:%Y-%m-%d %H:%M:%S} UTC", place=0),
 )
 """The fields of an image."""
 
@@ -64,6 +66,12 @@ def describe_image(image: ImageInfo) -> dict[str, Any]:
     return {"name": str(image.name), **image._asdict(), "platform": platform, "created_at": image.added_at}
 
 
+def _choose_fields(found: Iterable[ImageInfo]) -> list[Field]:
+    """Return the fields for a table of images; pins and lifetimes have a column if one of the images has any."""
+    used = {key for key in ("pinned", "expires_at") if any(getattr(image, key) for image in found)}
+    return [field._replace(place=1) if field.key in used else field for field in IMAGE_FIELDS]
+
+
 def uses_column(output: Output, name: str) -> bool:
     """Return whether an output has a column because it was chosen."""
     names = [*output.columns, *(match[2] for match in _ACTION.finditer(output.form))]
@@ -71,7 +79,7 @@ def uses_column(output: Output, name: str) -> bool:
 
 
 def print_images(
-    found: Iterable[ImageInfo],
+    found: Sequence[ImageInfo],
     output: Output | str,
     *,
     quiet: bool = False,
@@ -90,10 +98,11 @@ def print_images(
         click.echo("".join(f"{image.name}\n" for image in found), nl=False)
     elif output.form == "table" and not output.columns:
         # Reading all fields of each image would be slower.
-        keys = [field.key for field in IMAGE_FIELDS if field.place and field.key != "name"]
+        fields = _choose_fields(found)
+        keys = [field.key for field in fields if field.place and field.key != "name"]
         read = attrgetter(*keys)
         rows = [{"name": str(image.name), **dict(zip(keys, read(image), strict=True))} for image in found]
-        print_records(rows, IMAGE_FIELDS, output)
+        print_records(rows, fields, output)
     else:
         records = [describe_image(image) for image in found]
         if platforms is not None:

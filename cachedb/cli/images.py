@@ -1,4 +1,4 @@
-"""Define the commands for images: ls, show, manifest, exists, tag, rm."""
+"""Define the commands for images: ls, show, manifest, exists, tag, pin, unpin, rm."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ __all__ = ["ls", "rm", "show"]
 @quiet_option("the images' names")
 def ls(names: tuple[str, ...], filters: Filters | None, output: Output, quiet: bool) -> None:
     """List the images in the cache, or those that match.
+
+    The columns PINNED and EXPIRES appear if one of the images is pinned or has a lifetime.
 
     A PATTERN such as 'team/*' must match a whole name; its * also matches a slash. ADDED is when the name came here,
     CREATED is when the image was built. A narrow terminal shows fewer columns, or a line for each value.
@@ -194,10 +196,46 @@ def tag(source: str, target: str, filters: Filters | None, ignore_missing: bool)
     """Give an image another name, or several images.
 
     SOURCE may be a pattern. Then each * of TARGET becomes what the * of SOURCE matched. If TARGET already names an
-    image, the name moves from that image to this one.
+    image, the name moves from that image to this one. It keeps its pin, and gets no lifetime.
     """
     with open_cache() as cache:
         cache.tag_images(source, target, filters=filters, ignore_missing=ignore_missing)
+
+
+@click.command(
+    epilog=format_examples(
+        "cachedb pin base:1", "cachedb pin 'base/*' --filter label=stage=production", "cachedb ls --filter pinned"
+    )
+)
+@click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
+@filter_options
+@ignore_missing_option
+def pin(names: tuple[str, ...], filters: Filters | None, ignore_missing: bool) -> None:
+    """Pin names of images, so that no prune removes them.
+
+    A pin belongs to the name: it stays if the name moves to another image. It protects only from `cachedb prune`.
+    `cachedb rm` removes the name with its pin; a hold keeps blobs from that too. --filter without names selects from
+    all images. All images are pinned, or none. To pin a name again is no error.
+    """
+    check_selection(names, filters, ignore_missing=ignore_missing)
+    with open_cache() as cache:
+        if not cache.pin(*names, filters=filters, ignore_missing=ignore_missing):
+            click.echo("no image matches: nothing is pinned", err=True)
+
+
+@click.command(epilog=format_examples("cachedb unpin base:1", "cachedb unpin '*'"))
+@click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
+@filter_options
+@ignore_missing_option
+def unpin(names: tuple[str, ...], filters: Filters | None, ignore_missing: bool) -> None:
+    """Remove the pins of names, so that a prune may remove them again.
+
+    --filter without names selects from all images. A name without a pin is no error.
+    """
+    check_selection(names, filters, ignore_missing=ignore_missing)
+    with open_cache() as cache:
+        if not cache.unpin(*names, filters=filters, ignore_missing=ignore_missing):
+            click.echo("no image matches: nothing is unpinned", err=True)
 
 
 @click.command(

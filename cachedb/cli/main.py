@@ -112,6 +112,8 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "manifest": "images",
         "exists": "images",
         "tag": "images",
+        "pin": "images",
+        "unpin": "images",
         "rm": "images",
     },
     "Archives": {"import": "archives", "export": "archives"},

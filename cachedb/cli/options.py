@@ -43,6 +43,7 @@ __all__ = [
     "registry_options",
     "row_format_option",
     "timeout_option",
+    "ttl_option",
 ]
 
 
@@ -143,7 +144,7 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="KEY=VALUE",
             multiple=True,
             help="Select only images with label=KEY[=VALUE], platform=[OS/]ARCH, unused-for=7d, "
-            "added-before=24h|DATE, base=NAME or digest=DIGEST, or that are incomplete; repeatable.",
+            "added-before=24h|DATE, base=NAME or digest=DIGEST, or that are incomplete, pinned or expired; repeatable.",
         ),
         click.option(
             "--sort",
@@ -291,6 +292,14 @@ class DurationParameter(_Parameter):
         if seconds is None:
             self.fail(f"{value!r} is not a duration: write it as in 90s, 30m, 2h, 7d or 1h30m", param, ctx)
         return seconds
+
+
+ttl_option = click.option(
+    "--ttl",
+    metavar="TIME",
+    type=DurationParameter(),
+    help="Let a prune remove the images after a time such as 6h or 7d.  [default: they have no lifetime]",
+)
 
 
 def _parse_parameters(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:

@@ -147,13 +147,13 @@ def prune(
 ) -> None:
     """Remove images by the policy of the cache and by the options, and as few as its limits require.
 
-    Images that rules select go first. Then the least recently used go, until the limits hold. Each limit of the options
-    replaces that of the policy. --unused-for, --added-before and --filter are one rule: an image must fulfil all of
-    them. This rule replaces the rules of the policy that remove. --keep and --newest add to its rules that keep.
+    Images whose lifetime has ended go first, even without any policy. Then the images that rules select go, and then
+    the least recently used, until the limits hold. Each limit of the options replaces that of the policy. --unused-for,
+    --added-before and --filter are one rule: an image must fulfil all of them. This rule replaces the rules of the
+    policy that remove. --keep and --newest add to its rules that keep.
 
-    Images that a keep rule selects, and images that are held or in use, always stay. Without a used-within in the
-    policy, images that were used in the last 10 minutes stay too. The exit
-    code is 1 if the limits cannot be met.
+    Images that a keep rule selects, and images that are pinned, held or in use, always stay. Without a used-within in
+    the policy, images that were used in the last 10 minutes stay too. The exit code is 1 if the limits cannot be met.
     """
     wishes = _Wishes(**options)
     modes = {"--dry-run": dry_run, "--explain": explain, "--plan": plan_file, "--apply": applied_file}
@@ -176,7 +176,7 @@ def prune(
             else:
                 click.echo(str(found))
             return
-        _check_purpose(policy, wishes)
+        _check_purpose(policy, wishes, quiet=quiet)
         with _naming_lines(cache):
             if dry_run or plan_file is not None:
                 _print_plan(cache.plan_prune(policy, to_free=wishes.to_free), form, plan_file, quiet=quiet)
@@ -216,8 +216,11 @@ def _make_rule(wishes: _Wishes) -> Remove | None:
         if getattr(wishes, key) is not None and getattr(filters, key) is not None:
             name = key.replace("_", "-")
             raise click.UsageError(f"--{name} and --filter {name}=... exclude each other: give one of them")
-    if filters.base is not None or filters.digest is not None or len(filters.platforms) > 1:
-        raise click.UsageError("--filter takes neither base, digest nor several platforms: write a rule with sql")
+    others = (filters.base, filters.digest, filters.pinned, filters.expired)
+    if any(other is not None for other in others) or len(filters.platforms) > 1:
+        raise click.UsageError(
+            "--filter takes neither base, digest, pinned, expired nor several platforms: write a rule with sql"
+        )
     age = None if filters.added_before is None else (datetime.now(UTC) - filters.added_before).total_seconds()
     rule = Remove(
         labels=filters.labels,
@@ -229,13 +232,17 @@ def _make_rule(wishes: _Wishes) -> Remove | None:
     return None if rule == Remove() else rule
 
 
-def _check_purpose(policy: Policy, wishes: _Wishes) -> None:
-    """Fail with a usage error if nothing says what to remove."""
-    if policy.limits.max_size is policy.limits.min_free is wishes.to_free is None and not policy.remove:
+def _check_purpose(policy: Policy, wishes: _Wishes, *, quiet: bool) -> None:
+    """Fail with a usage error if options say only what to keep; without options, tell that only lifetimes count."""
+    if not (policy.limits.max_size is policy.limits.min_free is wishes.to_free is None and not policy.remove):
+        return
+    if wishes.are_given:
         raise click.UsageError(
             "nothing says what to remove: give --max-size, --min-free, --to-free, --unused-for, --added-before or "
             "--filter, or write a policy with `cachedb policy edit`"
         )
+    if not quiet:
+        click.echo("cachedb: no policy: only images whose lifetime has ended are removed", err=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from cachedb.cli.options import (
     ignore_missing_option,
     quiet_option,
     registry_options,
+    ttl_option,
 )
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_downloads, show_transfer
@@ -76,6 +77,7 @@ __all__ = []
 @click.option(
     "--foreign-layers", is_flag=True, help="Download layers that the registry lacks from the URLs in the manifest."
 )
+@ttl_option
 @registry_options
 @format_option
 @quiet_option("the images' names")
@@ -90,6 +92,7 @@ def pull(
     allow_stale: bool,
     referrers: bool,
     foreign_layers: bool,
+    ttl: int | None,
     form: str,
     quiet: bool,
     **access: Any,  # noqa: ANN401 - the options of `registry_options`
@@ -105,8 +108,8 @@ def pull(
     """
     if platform and all_platforms:
         raise click.UsageError("--platform and --all-platforms exclude each other: give one of them")
-    if dry_run and (if_missing or allow_stale):
-        raise click.UsageError("--dry-run excludes --if-missing and --allow-stale: leave them out")
+    if dry_run and (if_missing or allow_stale or ttl is not None):
+        raise click.UsageError("--dry-run excludes --if-missing, --allow-stale and --ttl: leave them out")
     if not names and file is None:
         raise click.UsageError("expected the names of images: give them, or --from with a file of names")
     from cachedb.oci.names import RemoteName
@@ -129,7 +132,7 @@ def pull(
             click.get_current_context().exit(1)
         return
     with open_cache(create=True) as cache:
-        options |= {"if_missing": if_missing, "allow_stale": allow_stale}
+        options |= {"if_missing": if_missing, "allow_stale": allow_stale, "ttl": ttl}
         found: dict[str, Pulled] = {}
         try:
             if file is None and jobs == 1:

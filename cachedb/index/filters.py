@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, case, false, fun
 from cachedb.errors import InvalidQuery, NotInCache
 from cachedb.index.blobs import ambiguous_error, starts_with
 from cachedb.index.images import find
+from cachedb.index.lifetimes import is_expired, is_pinned
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGE_PLATFORMS, IMAGES
 from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
@@ -56,6 +57,8 @@ class Filters(NamedTuple):
     base: str | None = None  # the name of an image that the image is built on, directly or not
     incomplete: bool | None = None  # True: lacks a blob; False: lacks none
     digest: str | None = None  # of the manifest or index, or at least its first 12 digits
+    pinned: bool | None = None  # True: has a pin; False: has none
+    expired: bool | None = None  # True: its lifetime has ended; False: it has not, or the image has none
     sort: str | None = None  # one of SORTS, with a - in front for the reverse; None sorts by name
     limit: int | None = None  # the maximum number of images
 
@@ -74,8 +77,9 @@ class FoundImage(NamedTuple):
 
 # Parsing
 
-KEYS: Final = ("label", "platform", "unused-for", "added-before", "base", "incomplete", "digest")
+KEYS: Final = ("label", "platform", "unused-for", "added-before", "base", "incomplete", "digest", "pinned", "expired")
 """The keys of filters in text: ``KEY=VALUE``."""
+_FLAGS: Final = ("incomplete", "pinned", "expired")  # without a value they are true
 
 
 def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int | None = None) -> Filters:
@@ -94,7 +98,7 @@ def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int |
         key, _, value = text.partition("=")
         if key not in KEYS:
             raise InvalidQuery(f"{shorten(text)} is not a filter: use one of {', '.join(KEYS)}")
-        if not value and key != "incomplete":
+        if not value and key not in _FLAGS:
             raise InvalidQuery(f"the filter {key} has no value: write {key}=VALUE")
         field = {"label": "labels", "platform": "platforms"}.get(key, key.replace("-", "_"))
         parsed = _parse_value(key, value)
@@ -118,11 +122,9 @@ def _parse_value(key: str, value: str) -> object:
         return seconds
     if key == "added-before":
         return _parse_time(value)
-    if key == "incomplete":
+    if key in _FLAGS:
         if value not in ("", "true", "false"):
-            raise InvalidQuery(
-                f"{key}: {shorten(value)} is neither true nor false: write incomplete, or incomplete=false"
-            )
+            raise InvalidQuery(f"{key}: {shorten(value)} is neither true nor false: write {key}, or {key}=false")
         return value != "false"
     return value
 
@@ -344,6 +346,10 @@ def build_conditions(connection: Connection, filters: Filters) -> list[ColumnEle
         conditions.append(_lacks_blob() if filters.incomplete else ~_lacks_blob())
     if filters.digest is not None:
         conditions.append(IMAGES.c.manifest_id.in_(select(BLOBS.c.id).where(starts_with(filters.digest))))
+    if filters.pinned is not None:
+        conditions.append(is_pinned() if filters.pinned else ~is_pinned())
+    if filters.expired is not None:
+        conditions.append(is_expired() if filters.expired else ~is_expired())
     return conditions
 
 

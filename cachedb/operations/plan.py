@@ -174,7 +174,10 @@ def explain_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> str:
         return f"{problem} planned images have been used or held since: prune again later"
     largest = sorted(kept_sizes.items(), key=lambda pair: -pair[1])
     kept = ", ".join(f"{format_size(size)} {reason}" for reason, size in largest if size)
-    return f"{problem} the rest stays ({kept}): raise the limit, change what the policy keeps, or release holds"
+    return (
+        f"{problem} the rest stays ({kept}): raise the limit, change what the policy keeps, unpin images, or release "
+        "holds"
+    )
 
 
 def explain(database: Database, policy: Policy, name: str | Name, *, to_free: int | None = None) -> Explanation:

@@ -17,6 +17,7 @@ from cachedb.disk.layout import POLICY_FILE
 from cachedb.operations.policy import Keep, Limits, Policy, Remove, load_policy, parse_policy
 from cachedb.text import format_size
 from tests.conftest import Run, files_of, snapshot
+from tests.index.test_filters import age
 from tests.operations.test_policy import EXAMPLE, MEANING
 from tests.support.make import image, save
 from tests.support.mounting import mounted
@@ -77,8 +78,7 @@ def test_an_age_of_the_options_is_that_of_a_rule() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "nothing says what to remove: give --max-size, --min-free, --to-free, --unused-for, --added-before or "),
-        ("--keep app --newest 3 --dry-run", "nothing says what to remove"),
+        ("--keep app --newest 3 --dry-run", "nothing says what to remove: give --max-size, --min-free, --to-free, "),
         ("--down-to 50%", "--down-to is a part of --max-size, which is missing: add --max-size"),
         ("--max-size much", "'much' is not a size"),
         ("--min-free 101%", "'101%' is neither a percentage nor a size: write one as in"),
@@ -88,8 +88,10 @@ def test_an_age_of_the_options_is_that_of_a_rule() -> None:
             "--unused-for 7d --filter unused-for=8d",
             "--unused-for and --filter unused-for=... exclude each other: give one of them",
         ),
-        ("--filter base=app", "--filter takes neither base, digest nor several platforms"),
-        ("--filter platform=arm64 --filter platform=amd64", "--filter takes neither base, digest nor several"),
+        ("--filter base=app", "--filter takes neither base, digest, pinned, expired nor several platforms"),
+        ("--filter platform=arm64 --filter platform=amd64", "--filter takes neither base, digest, pinned, expired nor"),
+        ("--filter pinned=false", "--filter takes neither base, digest, pinned, expired nor several"),
+        ("--filter expired", "--filter takes neither base, digest, pinned, expired nor several"),
         ("--to-free 1GB --keep re:(", "--keep: 're:(' is not a regular expression"),
         ("--to-free 1GB --keep APP", "'APP' is not a name"),
         ("--dry-run --plan x", "--dry-run and --plan exclude each other: give one of them"),
@@ -205,6 +207,24 @@ def test_a_limit_that_cannot_be_met_is_exit_code_1_and_says_what_keeps_the_space
     assert done.stdout.startswith("pruned 1 image, ")
     assert done.stdout.endswith(" of 1 kB used\n")
     assert list_names(filled) == ["app:1"]
+
+
+def test_a_prune_without_a_policy_removes_only_images_whose_lifetime_has_ended(cache: Cache, cachedb: Run) -> None:
+    for name in ("app:1", "app:2", "app:3"):
+        save(cache, name, image(1, 2))
+        age(cache, "last_used_at", name, days=1)
+    for name in ("app:1", "app:2"):
+        age(cache, "expires_at", name, seconds=1)
+    cache.pin("app:2")
+    done = cachedb("prune")
+    assert (done.returncode, done.stdout.partition(";")[0]) == (0, "pruned 1 image, 0 B")
+    assert done.stderr == "cachedb: no policy: only images whose lifetime has ended are removed\n"
+    assert list_names(cache) == ["app:2", "app:3"]
+    assert cachedb("prune", "-q").stderr == ""
+    assert cachedb("prune", "--explain", "app:2").stdout == "app:2 is kept: pinned, though it has expired\n"
+    done = cachedb("prune", "--to-free", "1GB", "--dry-run")
+    assert "pinned" in done.stderr
+    assert "unpin images" in done.stderr
 
 
 def test_explain_says_what_keeps_an_image_or_would_remove_it(filled: Cache, cachedb: Run) -> None:

@@ -135,6 +135,17 @@ def test_incomplete_selects_images_that_lack_a_blob(cache: Cache) -> None:
     assert select(cache, "incomplete=false") == ["a:1"]
 
 
+def test_pinned_and_expired_select_by_pin_and_by_lifetime(cache: Cache) -> None:
+    fill(cache, ["ended:1", "lasting:1", "pinned:1"])
+    cache.pin("pinned:1")
+    age(cache, "expires_at", "ended:1", seconds=1)
+    age(cache, "expires_at", "lasting:1", hours=-1)
+    assert select(cache, "pinned") == ["pinned:1"]
+    assert select(cache, "pinned=false") == ["ended:1", "lasting:1"]
+    assert select(cache, "expired") == select(cache, "expired=true", "pinned=false") == ["ended:1"]
+    assert select(cache, "expired=false") == ["lasting:1", "pinned:1"]
+
+
 def test_a_digest_or_its_first_digits_select_the_images_with_this_manifest(cache: Cache) -> None:
     fill(cache, ["a:1", "b:1"])
     cache.tag("a:1", "c:1")

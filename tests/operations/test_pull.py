@@ -1255,6 +1255,17 @@ def test_the_command_sends_each_request_once(directory: Path, remote: Registry, 
     assert found[-1] == ("HEAD", "app/manifests/2")  # the tag has not moved
 
 
+def test_the_command_pulls_with_a_lifetime_but_a_dry_run_has_none(cachedb: Run, cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    assert cachedb("pull", "--ttl", "6h", name).returncode == 0
+    ends = cache.get_image(name).expires_at
+    assert ends is not None
+    assert timedelta(hours=5) < ends - datetime.now(UTC) <= timedelta(hours=6)
+    done = cachedb("pull", "--dry-run", "--ttl", "6h", name)
+    assert done.returncode == 2
+    assert "--dry-run excludes --if-missing, --allow-stale and --ttl" in done.stderr
+
+
 def test_the_command_sends_no_request_for_a_complete_image_with_if_missing(cachedb: Run, remote: Registry) -> None:
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
     assert take_requests(remote)
