@@ -785,6 +785,7 @@ MUTATIONS = [
     Mutation("an order and a limit are no conditions", "cachedb/index/filters.py", "self._replace(sort=None, limit=None) != Filters()", "self != Filters()", "tests/index/test_filters.py -k removes_nothing"),
     Mutation("a pattern that matches nothing is an error", "cachedb/index/filters.py", "    if not ignore_missing:\n        for pattern", "    if False:\n        for pattern", "tests/index/test_filters.py -k may_be_missing"),
     Mutation("SQLite gets no expression that is too deep", "cachedb/index/filters.py", "    if len(patterns) > _PATTERNS_LIMIT:\n", "    if False:\n", "tests/index/test_filters.py -k too_many_patterns"),
+    Mutation("ids of images are no parameters, whose number SQLite limits", "cachedb/index/filters.py", "[literal(row_id, literal_execute=True) for", "[row_id for", "tests/index/test_filters.py -k any_number"),
     Mutation("two images do not get one name", "cachedb/index/filters.py", "        if new in renamed:\n", "        if False:\n", "tests/index/test_filters.py -k all_or_nothing"),
     Mutation("no tag overwrites an image that is to be tagged", "cachedb/index/filters.py", "        if new != name and new in sources:\n", "        if False:\n", "tests/index/test_filters.py -k all_or_nothing"),
     Mutation("a base has all of its layers in the image", "cachedb/index/filters.py", "        .having(func.count() == len(stack))\n", "", "tests/index/test_filters.py -k layers_are_all"),

@@ -7,9 +7,11 @@ import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Pool, event
 
 from cachedb import Cache, Filters, InvalidDigest, InvalidName, InvalidQuery, Name, NotInCache
 from cachedb.index.filters import is_pattern, parse_filters, rename_all
@@ -93,10 +95,18 @@ def test_too_many_patterns_are_refused_before_sqlite_fails(cache: Cache) -> None
         cache.list_names(*["app:*"] * 501)
 
 
-def test_any_number_of_names_can_be_given_with_filters(cache: Cache) -> None:
-    fill(cache)
-    names = [f"other:{number}" for number in range(40_000)]
-    assert cache.list_names(*names, *NAMES, filters=Filters(incomplete=False), ignore_missing=True) == NAMES
+def test_any_number_of_names_can_be_given_with_filters(directory: Path) -> None:
+    def lower_limit(connection: sqlite3.Connection, _record: object) -> None:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 100)  # instead of 32,766
+
+    event.listen(Pool, "connect", lower_limit)
+    try:
+        with Cache.open(directory) as cache:
+            fill(cache)
+            names = [*NAMES * 50, *(f"other:{number}" for number in range(300))]
+            assert cache.list_names(*names, filters=Filters(incomplete=False), ignore_missing=True) == NAMES
+    finally:
+        event.remove(Pool, "connect", lower_limit)
 
 
 # Filters
