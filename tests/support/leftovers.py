@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from tests.support.processes import is_alive
@@ -30,8 +31,9 @@ _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 
+@cache
 def isolate_mounts() -> bool:
-    """Give this process its own mount namespace; return False if that is not permitted: it takes root."""
+    """Once, give this process its own mount namespace; return False if that is not permitted: it takes root."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS):
         return False

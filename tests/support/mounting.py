@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.support import leftovers
+
 __all__ = ["fill_space", "image", "mounted"]
-
-_CLONE_NEWNS = 0x20000
-
-
-@cache
-def _unshare() -> bool:
-    """Move this thread and its children to a private mount namespace; return whether that worked."""
-    if os.geteuid() != 0 or ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
-        return False
-    return not subprocess.run(["mount", "--make-rprivate", "/"], check=False, capture_output=True).returncode
 
 
 @contextmanager
 def mounted(path: Path, *arguments: object) -> Iterator[Path]:
     """Mount at a path, with arguments of mount(8), until the block ends; skip the test if mounting fails."""
-    if not _unshare():
+    if not leftovers.isolate_mounts():
         pytest.skip("cannot mount file systems: run as root, with CAP_SYS_ADMIN")
     path.mkdir(exist_ok=True)
     done = subprocess.run(["mount", *map(str, arguments), path], check=False, capture_output=True, text=True)
