@@ -24,6 +24,10 @@ from tests.support.command_server import CommandServer
 # A shell's background job ignores SIGINT, and the processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Otherwise each worker would rewrite all asserts again, and each process that a test starts would compile the package.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def pytest_configure() -> None:
     """Clean up after the run however it ends, and let no Hypothesis example fail for slowness."""

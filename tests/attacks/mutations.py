@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -902,7 +903,8 @@ def mutate(mutation: Mutation) -> str:
     return changed
 
 
-def _find_undefined_names(code: str) -> set[str]:
+@cache
+def _find_undefined_names(code: str) -> frozenset[str]:
     """Return the names that the code reads as global or built-in, but that are neither."""
     module = symtable.symtable(code, "mutated", "exec")
     defined = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
@@ -917,7 +919,7 @@ def _find_undefined_names(code: str) -> set[str]:
                 read.add(symbol.get_name())
             if symbol.is_declared_global() and symbol.is_assigned():
                 defined.add(symbol.get_name())
-    return read - defined - set(dir(builtins))
+    return frozenset(read - defined - set(dir(builtins)))
 
 
 def find_failure(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
@@ -926,7 +928,9 @@ def find_failure(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         Path(name).chmod(0o755)  # some tests become another user for a while
         copy = Path(name) / "checkout"
-        ignored = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", ".hypothesis")
+        ignored = shutil.ignore_patterns(
+            ".git", ".venv", "*_cache", ".hypothesis"
+        )  # but not the bytecode of other files
         shutil.copytree(CHECKOUT, copy, ignore=ignored)
         (copy / mutation.file).write_text(mutate(mutation))
         # With PYTHONPATH, also the processes that a test starts import the copy, not an installed package.
