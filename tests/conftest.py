@@ -18,7 +18,7 @@ import pytest
 
 from cachedb import Cache
 from cachedb.index.sqlite.database import Database
-from tests.support import leftovers
+from tests.support import leftovers, new_index
 from tests.support.command_server import CommandServer
 
 # A shell's background job ignores SIGINT, and the processes that the tests start would inherit that.
@@ -37,6 +37,10 @@ def pytest_configure() -> None:
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    new_index.install(copies=item.get_closest_marker("attack") is None)
 
 
 @pytest.fixture

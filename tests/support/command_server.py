@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import selectors
 import signal
 import socket
 import subprocess
@@ -15,8 +16,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from pkgutil import walk_packages
+from typing import Any, Final, NamedTuple, NoReturn
+
+import cachedb
+from tests.support import new_index
 
 SUPPORTED: Final = {"text", "capture_output", "timeout", "input", "env", "cwd", "stdin"}
 """The options of `subprocess.run` that the server supports."""
@@ -24,19 +31,14 @@ SUPPORTED: Final = {"text", "capture_output", "timeout", "input", "env", "cwd", 
 _START_VARIABLES: Final = ("PYTHON", "LANG", "LC_", "LD_", "MALLOC")
 """Prefixes of the environment variables that an interpreter reads when it starts."""
 
-# The modules that most commands import.
+# What a command imports besides the package.
 _IMPORTS: Final = (
     "alembic.command",
-    "cachedb.cache",
-    "cachedb.cli.main",
-    "cachedb.index.drift",
-    "cachedb.operations.export_archive",
-    "cachedb.operations.import_archive",
-    "cachedb.operations.pull",
-    "cachedb.operations.push",
-    "cachedb.operations.verify",
-    "cachedb.reports.usage",
-    "cachedb.reports.views",
+    "alembic.migration",
+    "click.shell_completion",
+    "difflib",
+    "jinja2",
+    "platformdirs",
 )
 
 
@@ -99,13 +101,13 @@ class CommandServer:
             "environment": dict(options.get("env") or os.environ),
         }
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(options.get("timeout", 120))
             connection.connect(self._path)
             socket.send_fds(connection, [b"x"], files)
             with connection.makefile("rw") as stream:
                 stream.write(json.dumps(request) + "\n")
                 stream.flush()
                 pid = int(stream.readline())
+                connection.settimeout(options.get("timeout", 120))
                 try:
                     return os.waitstatus_to_exitcode(int(stream.readline()))
                 except TimeoutError:
@@ -126,50 +128,57 @@ def _umask() -> str:
 
 
 def serve(path: str) -> NoReturn:
-    """Import the modules, listen at a socket, and fork for each connection until stdin is closed."""
+    """Import all modules, listen at a socket, and fork for each connection until stdin is closed."""
     for name in _IMPORTS:
-        __import__(name)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        import_module(name)
+    for module in walk_packages(cachedb.__path__, "cachedb."):
+        import_module(module.name)
+    new_index.install()
+    new_index.statements_of_schema()  # once, and not in each fork
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening, selectors.DefaultSelector() as selector:
         listening.bind(path)
         listening.listen(64)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
+        selector.register(listening, selectors.EVENT_READ)
+        selector.register(sys.stdin, selectors.EVENT_READ)
         print("ready", flush=True)
-        os.set_blocking(0, False)
-        listening.settimeout(1)
         while True:
-            try:
-                connection, _ = listening.accept()
-            except TimeoutError:
-                try:
-                    if os.read(0, 1) == b"":
-                        os._exit(0)
-                except BlockingIOError:
-                    pass
-                continue
-            if os.fork() == 0:
-                listening.close()
-                _serve_connection(connection)
-            connection.close()
+            for key, _ in selector.select():
+                if key.fileobj is sys.stdin:
+                    os._exit(0)
+                elif key.fileobj is listening:
+                    started = _start_command(listening.accept()[0])
+                    selector.register(os.pidfd_open(started.pid), selectors.EVENT_READ, started)
+                else:
+                    selector.unregister(key.fileobj)
+                    os.close(key.fd)
+                    _, status = os.waitpid(key.data.pid, 0)
+                    _send(key.data.connection, status)
+                    key.data.connection.close()
 
 
-def _serve_connection(connection: socket.socket) -> NoReturn:
-    """Fork the command, wait for it, and send its process ID and its wait status."""
-    connection.setblocking(True)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+class _Started(NamedTuple):
+    """A command that was started for a connection."""
+
+    pid: int
+    connection: socket.socket
+
+
+def _start_command(connection: socket.socket) -> _Started:
+    """Fork the command that a connection requests, and send its process ID."""
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
-    with connection.makefile("rw") as stream:
+    with connection.makefile() as stream:
         request = json.loads(stream.readline())
-        if (child := os.fork()) == 0:
-            connection.close()
-            _run_command(request, files)
-        stream.write(f"{child}\n")
-        stream.flush()
-        for file in files:
-            os.close(file)
-        _, status = os.waitpid(child, 0)
-        stream.write(f"{status}\n")
-        stream.flush()
-    os._exit(0)
+    if (child := os.fork()) == 0:
+        _run_command(request, files)
+    for file in files:
+        os.close(file)
+    _send(connection, child)
+    return _Started(child, connection)
+
+
+def _send(connection: socket.socket, number: int) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):  # the test waits no longer
+        connection.sendall(f"{number}\n".encode())
 
 
 def _run_command(request: dict[str, Any], files: list[int]) -> NoReturn:
@@ -180,8 +189,7 @@ def _run_command(request: dict[str, Any], files: list[int]) -> NoReturn:
     os.chdir(request["cwd"])
     for number, file in enumerate(files):
         os.dup2(file, number)
-        if file > 2:
-            os.close(file)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as subprocess does
     sys.argv = [str(Path(sys.prefix) / "cachedb"), *request["arguments"]]
     from cachedb.__main__ import main
 
