@@ -32,8 +32,9 @@ def run_migrations(
     if target != REVISION or progress is not None or not is_empty(connection):
         MIGRATE(change, connection, target, progress)
         return
+    driver: Any = connection.connection.driver_connection
     for statement in statements_of_schema():
-        connection.exec_driver_sql(statement)
+        driver.execute(statement)  # in the transaction of the connection
 
 
 @cache
