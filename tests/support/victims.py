@@ -167,6 +167,13 @@ def collect(directory: Path) -> None:
         cache.collect_garbage()
 
 
+def pin(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.pin("kept:1", "gone:*", ignore_missing=True)
+        assert cache.get_image("kept:1").pinned
+        cache.unpin("gone:*", ignore_missing=True)
+
+
 def prune(directory: Path) -> None:
     with Cache.open(directory / "cache") as cache:
         # The check of a cache uses its images, which must not keep them.
@@ -276,6 +283,7 @@ OPERATIONS = {
     "rebuild from a backup": Operation(lost_index, repair),
     "rebuild": Operation(damaged_index, repair),
     "import by linking": Operation(layout, import_by_linking),
+    "pin": Operation(cache, pin),
 }
 _SET_PTRACER, _ANY = 0x59616D61, -1
 
