@@ -52,7 +52,7 @@ class OutdatedBase(NamedTuple):
 
 
 def propose_removal(connection: Connection, now: datetime) -> Removal:
-    """Choose images that were not used for a long time, and that nothing holds, least recently used first.
+    """Choose images that were not used for a long time, and that nothing pins or holds, least recently used first.
 
     Args:
         connection: a connection in a read transaction.
@@ -63,7 +63,8 @@ def propose_removal(connection: Connection, now: datetime) -> Removal:
         """
         SELECT i.id, i.repository, i.reference
         FROM images AS i JOIN blobs AS m ON m.id = i.manifest_id
-        WHERE i.last_used_at < :before AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = m.digest)
+        WHERE i.last_used_at < :before AND i.pinned_at IS NULL
+            AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = m.digest)
         ORDER BY i.last_used_at, i.repository, i.reference
         """,
         before=format_time(now - timedelta(days=UNUSED_DAYS)),

@@ -645,7 +645,8 @@ MUTATIONS = [
     Mutation("a connection for queries is read-only", "cachedb/index/sqlite/query.py", '    connection.execute("PRAGMA query_only = ON")\n', "", "tests/index/sqlite/test_query.py"),
     Mutation("noting a use waits for no lock", "cachedb/index/sqlite/database.py", "else locks.acquire(self.write_lock, wait=False)\n", "else locks.acquire(self.write_lock)\n", "tests/content/test_last_used.py"),
     # The HTML page
-    Mutation("a held image is not proposed for removal", "cachedb/reports/cleanup.py", " AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = m.digest)\n", "\n", "tests/reports/test_cleanup.py"),
+    Mutation("a held image is not proposed for removal", "cachedb/reports/cleanup.py", "            AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = m.digest)\n", "", "tests/reports/test_cleanup.py"),
+    Mutation("a pinned image is not proposed for removal", "cachedb/reports/cleanup.py", " AND i.pinned_at IS NULL\n", "\n", "tests/reports/test_cleanup.py -k pinned_image"),
     Mutation("a held blob does not count as freed", "cachedb/reports/cleanup.py", "            AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = b.digest)\n", "", "tests/reports/test_cleanup.py -k frees_what"),
     Mutation("a blob of a kept image does not count as freed", "cachedb/reports/cleanup.py", "            AND NOT EXISTS (SELECT 1 FROM image_blobs AS p WHERE p.blob_id = b.id AND p.image_id NOT IN :chosen)\n", "", "tests/reports/test_cleanup.py -k frees_what"),
     Mutation("a name that `rm` refuses is not proposed", "cachedb/reports/cleanup.py", '        return name if str(Name.parse(name)) == name else ""\n    except InvalidName:\n        return ""\n', "        return name\n    except InvalidName:\n        return name\n", "tests/reports/test_cleanup.py -k refuses"),

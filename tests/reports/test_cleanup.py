@@ -87,6 +87,14 @@ def test_the_least_recently_used_images_are_proposed_first(filled: Cache, monkey
     assert propose(filled.directory) == Removal([], 0, 0)
 
 
+def test_a_pinned_image_is_not_proposed(filled: Cache) -> None:
+    before = propose(filled.directory)
+    filled.pin(before.names[0])
+    after = propose(filled.directory)
+    assert before.names[0] not in after.names
+    assert after.candidates == before.candidates - 1
+
+
 def test_a_name_that_rm_refuses_is_not_proposed(directory: Path) -> None:
     fill(directory, 10)
     add_hostile_names(directory)
