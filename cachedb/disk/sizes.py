@@ -56,16 +56,22 @@ class FileSystem(NamedTuple):
 def measure_files(directory: Path) -> FileSizes:
     """Return the sizes of the files of a cache outside ``blobs/``, without those in folders that this user cannot read.
 
+    A file with several names counts once: a downloaded blob has two until it is stored.
+
     Raises:
         StorageError: if a file of the cache cannot be read.
     """
-    sizes = dict.fromkeys((*_KEPT, *_FREED), 0)
+    sizes, linked = dict.fromkeys((*_KEPT, *_FREED), 0), set[int]()
     for folder, name in _walk_files(directory):
         with os_errors("read the cache"):
             try:
                 status = Path(directory, folder, name).lstat()
             except FileNotFoundError:
                 continue
+            if status.st_nlink > 1:
+                if status.st_ino in linked:
+                    continue
+                linked.add(status.st_ino)
             sizes[_classify(folder, name, status)] += status.st_size
     return FileSizes({kind: sizes[kind] for kind in _KEPT}, {kind: sizes[kind] for kind in _FREED})
 

@@ -870,6 +870,7 @@ MUTATIONS = [
     Mutation("a bound notices ids that are used again", "cachedb/operations/gauge.py", "            if not rows or rows[0][1] != bound.last_digest:\n", "            if not rows:\n", "tests/operations/test_room.py -k deleted_one"),
     Mutation("a bound is made again after a minute", "cachedb/operations/gauge.py", " or time.monotonic() - bound.made > _BOUND_SECONDS", "", "tests/operations/test_room.py -k after_a_minute"),
     Mutation("the limit counts files other than blobs", "cachedb/operations/gauge.py", "return bound.size + measure_files(self._database.directory).total_size > size", "return bound.size > size", "tests/operations/test_room.py -k other_than_blobs"),
+    Mutation("a file with two names counts once", "cachedb/disk/sizes.py", "                if status.st_ino in linked:\n                    continue\n", "", "tests/disk/test_sizes.py -k two_names"),
     Mutation("a quiet command prints no automatic prune", "cachedb/cli/options.py", "        hide_prunes()\n", "        pass\n", "tests/operations/test_room.py -k line_for"),
     Mutation("a percent sign in a path means nothing to systemd", "cachedb/cli/systemd.py", '    return text.replace("%", "%%")\n', "    return text\n", "tests/cli/test_systemd.py -k quoted"),
     Mutation("a dollar in an argument means nothing to systemd", "cachedb/cli/systemd.py", '_quote(argument).replace("$", "$$")', "_quote(argument)", "tests/cli/test_systemd.py -k dollar"),

@@ -51,3 +51,13 @@ def test_a_file_counts_under_one_word_and_is_freed_by_a_prune_or_stays(
         with Cache.open(directory) as cache:
             cache.prune(to_free=1)
         assert file.exists() is not is_freed
+
+
+def test_a_file_with_two_names_counts_once(directory: Path) -> None:
+    Cache.open(directory).close()
+    before = measure_files(directory).total_size
+    (directory / "ingest" / "partial").mkdir()
+    (directory / "ingest" / f"1-{'0' * 12}").mkdir()
+    (directory / "ingest" / "partial" / DIGEST).write_bytes(b"12345")
+    os.link(directory / "ingest" / "partial" / DIGEST, directory / "ingest" / f"1-{'0' * 12}" / f"1.{DIGEST}")
+    assert measure_files(directory).total_size == before + 5
