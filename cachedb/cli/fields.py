@@ -45,7 +45,7 @@ IMAGE_FIELDS: Final = (
     Field("size", "size", format_size, right=True),
     Field("created", "created", format_age),
     Field("added_at", "added", format_age, place=3),
-    Field("last_used_at", "used", format_age, place=0),
+    Field("last_used_at", "last used", format_age, place=0),
     Field("platform", "platform", place=0),
     Field("platforms", "platforms", ", ".join, place=0),
     Field("os", "os", place=0),

@@ -129,10 +129,10 @@ def _print_blob(blob: BlobDetails, form: str, *, quiet: bool) -> None:
         images = [{**use._asdict(), "name": str(use.name)} for use in fields.pop("uses")]
         print_json({**fields, "stored": blob.stored_at is not None, "images": images})
     else:
-        added = format_age(blob.stored_at) if blob.stored_at else "-"
+        stored = format_age(blob.stored_at) if blob.stored_at else "-"
         state = "stored" if blob.stored_at else "missing"
-        row = (blob.digest, format_size(blob.size), added, "yes" if blob.held else "no", state)
-        print_table(("DIGEST", "SIZE", "ADDED", "HELD", "STATE"), [row], right=("SIZE",))
+        row = (blob.digest, format_size(blob.size), stored, "yes" if blob.held else "no", state)
+        print_table(("DIGEST", "SIZE", "STORED", "HELD", "STATE"), [row], right=("SIZE",))
         click.echo()
         rows = [(str(use.name), str(use.position), use.role, use.media_type) for use in blob.uses]
         print_table(("IMAGE", "#", "ROLE", "MEDIA TYPE"), rows, right=("#",))

@@ -1,4 +1,4 @@
-"""Define the commands that keep a cache within bounds: prune, policy."""
+"""Define the commands prune and policy."""
 
 from __future__ import annotations
 
@@ -309,15 +309,13 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
 
 def _print_sizes(heading: str, sizes: Mapping[str, int]) -> None:
     """Print a table of the sizes that are not 0, the largest first, and an empty line."""
-    records = [{"name": name, "size": size} for name, size in _sort_sizes(sizes)]
+    from cachedb.operations.plan import sort_sizes
+
+    records = [{"name": name, "size": size} for name, size in sort_sizes(sizes)]
     if records:
         name, size = _SIZE_FIELDS
         print_records(records, (name._replace(column=heading), size), Output("table", (), has_heading=True))
         click.echo()
-
-
-def _sort_sizes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(((name, size) for name, size in sizes.items() if size), key=lambda pair: -pair[1])
 
 
 def _print_pruned(pruned: Pruned, policy: Policy, form: str, *, quiet: bool) -> None:

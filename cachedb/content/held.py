@@ -80,7 +80,7 @@ def find_images_and_digests(
         elif digest in blobs.read_stored_sizes(connection, [digest]):
             found[digest] = None
         elif not ignore_missing:
-            raise NotInCache(f"{digest} is not in the cache", name=digest)
+            raise NotInCache(f"{digest} is not in the cache: store it first, or hold an image by its name", name=digest)
     if filters is not None and (names or not found):  # their order and limit apply to all images together
         found |= dict.fromkeys(find_images(connection, parse_wanted(names), filters, ignore_missing=ignore_missing))
     return list(found)

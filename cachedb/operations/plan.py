@@ -25,7 +25,7 @@ from cachedb.operations.policy import Limits, Policy
 from cachedb.operations.rules import RECENT_SECONDS, build_rules, run_queries
 from cachedb.text import format_size
 
-__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "explain_missing", "make_plan"]
+__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "explain_missing", "make_plan", "sort_sizes"]
 
 
 _REASONS = {
@@ -162,18 +162,22 @@ def _name_rule(number: int | None) -> str | None:
     return None if number is None else _EXPIRED if number == eviction.EXPIRED else f"remove {number}"
 
 
+def sort_sizes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return the names and sizes of those that are not 0, the largest first."""
+    return sorted(((name, size) for name, size in sizes.items() if size), key=lambda pair: -pair[1])
+
+
 def explain_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> str:
-    """Return why a limit cannot be met.
+    """Return why a limit cannot be met, as the text of an error.
 
     Args:
-        missing_size: bytes that the limits require, but that were not freed.
+        missing_size: bytes that the limits require, but that nothing may free.
         kept_sizes: as in `Plan`.
     """
     problem = f"cannot free {format_size(missing_size)} more, because"
-    if not kept_sizes:
-        return f"{problem} planned images have been used or held since: prune again later"
-    largest = sorted(kept_sizes.items(), key=lambda pair: -pair[1])
-    kept = ", ".join(f"{format_size(size)} {reason}" for reason, size in largest if size)
+    if not kept_sizes:  # the plan was enough
+        return f"{problem} images of the plan have been used or held since: prune again later"
+    kept = ", ".join(f"{format_size(size)} {name}" for name, size in sort_sizes(kept_sizes))
     return (
         f"{problem} the rest stays ({kept}): raise the limit, change what the policy keeps, unpin images, or release "
         "holds"

@@ -32,10 +32,10 @@ def parse_plan(text: str, source: str) -> list[PlannedImage]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidPolicy(f"{source} is not a plan: it is not JSON: {error}: {_ADVICE}") from None
+        raise InvalidPolicy(f"{source} is not a plan, because it is not JSON ({error}): {_ADVICE}") from None
     entries = document.get("images") if isinstance(document, dict) else None
     if not isinstance(entries, list):
-        raise InvalidPolicy(f"{source} is not a plan: it has no list of images: {_ADVICE}")
+        raise InvalidPolicy(f"{source} is not a plan, because it has no list of images: {_ADVICE}")
     images: dict[Name, PlannedImage] = {}
     for number, entry in enumerate(entries):
         try:
@@ -43,7 +43,9 @@ def parse_plan(text: str, source: str) -> list[PlannedImage]:
             if image.name in images:
                 raise ValueError(f"{image.name} is listed twice")
         except (CacheError, ValueError) as error:
-            raise InvalidPolicy(f"{source} is not a plan: images[{number}]: {error}: {_ADVICE}") from None
+            raise InvalidPolicy(
+                f"{source} is not a plan, because images[{number}] is wrong ({error}): {_ADVICE}"
+            ) from None
         images[image.name] = image
     return list(images.values())
 

@@ -80,7 +80,7 @@ class Remove(NamedTuple):
     unused_for: float | None = None  # seconds since the last use, at least
     added_before: float | None = None  # seconds since the name came here, at least
     incomplete: bool | None = None  # True: lacks a blob; False: lacks none
-    newest: int | None = None  # keep so many of each repository among those that fulfil the other conditions
+    keep_newest: int | None = None  # so many of each repository, among those that fulfil the other conditions, stay
     sql: str | None = None  # a query; its first column has names
 
 
@@ -209,10 +209,13 @@ def _parse_table(table: dict[str, Any], keys: Mapping[str, _Parser], *path: str 
     """Return the fields of a table by the names that the types have."""
     found = {}
     for key, value in table.items():
-        if key not in keys:
+        name = _OLD_SPELLINGS.get((path[0], key), key)
+        if name not in keys:
             raise _Mistake(f"unknown key {shorten(key)}: use {_list_keys(keys)}", *path, key)
+        if name != key and name in table:
+            raise _Mistake(f"{key} is another spelling of {name}: give one of them", *path, key)
         try:
-            found["labels" if key == "label" else key.replace("-", "_")] = keys[key](value)
+            found["labels" if name == "label" else name.replace("-", "_")] = keys[name](value)
         except (CacheError, ValueError) as error:
             raise _Mistake(f"{key}: {error}", *path, key) from None
     return found
@@ -353,16 +356,22 @@ _COMMON_KEYS: Final[Mapping[str, _Parser]] = {
     "repository": _parse_repository,
     "label": _parse_labels,
     "platform": _parse_platform,
-    "newest": _parse_count,
     "sql": _parse_text,
 }
-_KEEP_KEYS: Final = {**_COMMON_KEYS, "used-within": _parse_seconds, "added-within": _parse_seconds}
+_KEEP_KEYS: Final = {
+    **_COMMON_KEYS,
+    "newest": _parse_count,
+    "used-within": _parse_seconds,
+    "added-within": _parse_seconds,
+}
 _REMOVE_KEYS: Final = {
     **_COMMON_KEYS,
+    "keep-newest": _parse_count,
     "unused-for": _parse_seconds,
     "added-before": _parse_seconds,
     "incomplete": _parse_flag,
 }
+_OLD_SPELLINGS: Final[Mapping[tuple[str | int, str], str]] = {("remove", "newest"): "keep-newest"}
 
 
 # Formatting
@@ -386,7 +395,7 @@ def _format_table(heading: str, table: Limits | Keep | Remove, default: Limits |
 
 
 def _format_value(field: str, value: Any) -> str:  # noqa: ANN401 - the type depends on the field
-    if isinstance(value, bool) or field == "newest":
+    if isinstance(value, bool) or field in ("newest", "keep_newest"):
         return str(value).lower()
     if field == "labels":
         value = tuple(key if wanted is None else f"{key}={wanted}" for key, wanted in value)

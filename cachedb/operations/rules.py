@@ -109,8 +109,8 @@ def _build_rule(
     if isinstance(rule, Remove):
         if rule.added_before is not None:
             conditions.append(IMAGES.c.added_at <= subtract_seconds(rule.added_before))
-        if rule.newest is not None:
-            conditions.append(~eviction.is_among_newest(rule.newest, conditions))
+        if rule.keep_newest is not None:
+            conditions.append(~eviction.is_among_newest(rule.keep_newest, conditions))
     else:
         if rule.used_within is not None:
             conditions.append(IMAGES.c.last_used_at > subtract_seconds(rule.used_within))

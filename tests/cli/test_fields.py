@@ -37,7 +37,7 @@ def listed(cache: Cache, *words: str) -> str:
 
 def test_chosen_columns_are_printed_in_the_chosen_order_by_either_of_their_names(filled: Cache) -> None:
     assert listed(filled, "--columns", "state,NAME,tag,reference,last_used_at").splitlines() == [
-        "STATE       NAME       TAG  TAG  USED",
+        "STATE       NAME       TAG  TAG  LAST USED",
         "complete    app:1      1    1    just now",
         "incomplete  lacking:1  1    1    just now",
     ]

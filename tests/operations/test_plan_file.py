@@ -56,19 +56,19 @@ def test_a_wrong_field_is_named_with_its_place(change: dict[str, Any], message: 
     with pytest.raises(InvalidPolicy) as caught:
         parse_plan(text, "'plan.json'")
     error = str(caught.value)
-    assert error.startswith("'plan.json' is not a plan: images[1]: ")
+    assert error.startswith("'plan.json' is not a plan, because images[1] is wrong (")
     assert message in error
     assert error.endswith(": write a plan with `cachedb prune --plan FILE`")
 
 
 @pytest.mark.parametrize("missing", ENTRY)
 def test_a_missing_field_is_named(missing: str) -> None:
-    with pytest.raises(InvalidPolicy, match=rf"images\[0\]: {missing} is None"):
+    with pytest.raises(InvalidPolicy, match=rf"images\[0\] is wrong \({missing} is None\): write a plan"):
         parse_plan(json.dumps({"images": [{key: value for key, value in ENTRY.items() if key != missing}]}), "plan")
 
 
 def test_an_image_is_listed_once() -> None:
-    with pytest.raises(InvalidPolicy, match=r"images\[1\]: app:1 is listed twice"):
+    with pytest.raises(InvalidPolicy, match=r"images\[1\] is wrong \(app:1 is listed twice\): write a plan"):
         parse_plan(json.dumps({"images": [ENTRY, ENTRY]}), "plan")
 
 
@@ -76,5 +76,5 @@ def test_an_image_is_listed_once() -> None:
     "text", ["", "[]", "{}", "null", '{"images": {}}', '{"images": [3]}', "[" * 100_000, f'{{"images": {"9" * 5000}}}']
 )
 def test_a_text_of_another_shape_is_no_plan(text: str) -> None:
-    with pytest.raises(InvalidPolicy, match=r"^plan is not a plan: "):
+    with pytest.raises(InvalidPolicy, match=r"^plan is not a plan, because .*: write a plan with"):
         parse_plan(text, "plan")

@@ -49,7 +49,7 @@ MEANING = Policy(
     Limits(max_size=200 * 10**9, min_free=0.15, down_to=0.9),
     (Keep(names=("base/*", "re:^release-")), Keep(repository="*", newest=2), Keep(used_within=3600)),
     (
-        Remove(repository="ci/*", unused_for=7 * 86_400, newest=10),
+        Remove(repository="ci/*", unused_for=7 * 86_400, keep_newest=10),
         Remove(labels=(("ephemeral", "true"),), added_before=86_400),
         Remove(sql="SELECT name FROM image_usage WHERE built_days > 365"),
     ),
@@ -96,6 +96,9 @@ def test_each_value_can_be_written_in_each_of_its_forms() -> None:
         ("[[keep]]\nnewest = 1\n\n[[keep]]\n", 4, "the rule has no condition: use names, "),
         ("[[remove]]", 1, "the rule has no condition: use names, "),
         ("[[keep]]\nnewest = 0", 2, "newest: 0 is not a number of images"),
+        ("[[keep]]\nkeep-newest = 1", 2, "unknown key 'keep-newest': use names, "),
+        ("[[remove]]\nkeep-newest = 0", 2, "keep-newest: 0 is not a number of images"),
+        ("[[remove]]\nkeep-newest = 1\nnewest = 1", 3, "newest is another spelling of keep-newest: give one of them"),
         ("[[keep]]\nnewest = true", 2, "newest: True is not a number of images"),
         ('[[keep]]\nused-within = "7"', 2, "used-within: '7' is not a duration"),
         ("[[keep]]\nnames = []", 2, "names: the list is empty"),
@@ -153,13 +156,16 @@ COMMON: dict[str, Any] = {
     "labels": st.lists(
         st.tuples(TEXTS.filter(lambda text: "=" not in text and text.strip()), st.none() | TEXTS), min_size=1
     ).map(tuple),
-    "newest": st.integers(1, 1000),
     "sql": TEXTS,
 }
 SECONDS: Any = st.integers(0, 10**9)
-KEEPS = st.fixed_dictionaries({"used_within": SECONDS}, optional=COMMON).map(lambda fields: Keep(**fields))
+COUNTS = st.integers(1, 1000)
+KEEPS = st.fixed_dictionaries({"used_within": SECONDS}, optional={**COMMON, "newest": COUNTS}).map(
+    lambda fields: Keep(**fields)
+)
 REMOVES = st.fixed_dictionaries(
-    {"unused_for": SECONDS}, optional={**COMMON, "added_before": SECONDS, "incomplete": st.booleans()}
+    {"unused_for": SECONDS},
+    optional={**COMMON, "added_before": SECONDS, "incomplete": st.booleans(), "keep_newest": COUNTS},
 ).map(lambda fields: Remove(**fields))
 PERCENTAGES = st.integers(1, 100).map(lambda percent: percent / 100)
 LIMITS = st.builds(Limits, st.integers(0, 10**15 - 1), st.integers(0, 10**15 - 1) | PERCENTAGES, PERCENTAGES)

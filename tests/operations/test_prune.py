@@ -34,6 +34,7 @@ from cachedb.disk import single_flight
 from cachedb.disk.sizes import FileSystem, measure_files
 from cachedb.oci.manifests import OCI_LAYER, OCI_MANIFEST
 from cachedb.operations import least, prune
+from cachedb.operations.plan import explain_missing
 from cachedb.operations.policy import format_policy
 from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.content.test_describe import make_config, make_image
@@ -417,9 +418,9 @@ def test_the_newest_are_counted_among_those_that_the_other_conditions_select(cac
     policy = ALL._replace(keep=(Keep(newest=1, names=("app:[01]",)),))
     assert "app:1" not in names_of(cache.plan_prune(policy))
     assert len(names_of(cache.plan_prune(policy))) == 5
-    removing = Policy(remove=(Remove(newest=2, repository="app"),))
+    removing = Policy(remove=(Remove(keep_newest=2, repository="app"),))
     assert sorted(names_of(cache.plan_prune(removing))) == ["app:0", "app:1"]
-    old = Policy(remove=(Remove(newest=1, unused_for=3.5 * 86_400),))
+    old = Policy(remove=(Remove(keep_newest=1, unused_for=3.5 * 86_400),))
     assert sorted(names_of(cache.plan_prune(old))) == ["app:2", "db:0"]
 
 
@@ -590,6 +591,15 @@ def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
         "used within 10 minutes": sizes["recent:1"],
         **measure_files(cache.directory).kept,
     }
+
+
+def test_a_missed_limit_is_explained_with_what_to_do() -> None:
+    text = explain_missing(5000, {"index": 3000, "policy": 0, "keep 1": 4000})
+    assert text == (
+        "cannot free 5 kB more, because the rest stays (4 kB keep 1, 3 kB index): raise the limit, change what the "
+        "policy keeps, or release holds"
+    )
+    assert explain_missing(5, {}).endswith("have been used or held since: prune again later")
 
 
 def test_a_prune_says_what_is_used_and_what_is_missing_afterwards(cache: Cache) -> None:
