@@ -597,7 +597,7 @@ def test_a_missed_limit_is_explained_with_what_to_do() -> None:
     text = explain_missing(5000, {"index": 3000, "policy": 0, "keep 1": 4000})
     assert text == (
         "cannot free 5 kB more, because the rest stays (4 kB keep 1, 3 kB index): raise the limit, change what the "
-        "policy keeps, or release holds"
+        "policy keeps, unpin images, or release holds"
     )
     assert explain_missing(5, {}).endswith("have been used or held since: prune again later")
 
