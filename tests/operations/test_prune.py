@@ -335,12 +335,18 @@ def apply_a_plan(cache: Cache, cachedb: Run, keep: tuple[Keep, ...]) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def save_beyond_the_limit(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
+    cache.set_policy(format_policy(Policy(Limits(max_size=1), keep)))
+    cache.add_blob(b"one more blob")  # then the cache prunes automatically
+
+
 WAYS: dict[str, Callable[[Cache, Run, tuple[Keep, ...]], None]] = {
     "rules": prune_by_rules,
     "a limit": prune_for_a_limit,
     "a lifetime": let_all_expire,
     "a plan": prune_by_a_plan,
     "--apply": apply_a_plan,
+    "an automatic prune": save_beyond_the_limit,
 }
 """Ways to remove all images that nothing keeps."""
 
