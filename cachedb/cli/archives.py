@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -23,6 +24,7 @@ from cachedb.cli.options import (
 from cachedb.cli.output import print_json
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import get_stdin, get_stdout
+from cachedb.errors import os_errors
 from cachedb.transports.archive.formats import FOLDER_FORMATS, FORMATS, Format
 from cachedb.transports.archive.locations import parse_location
 
@@ -122,6 +124,9 @@ def import_(
     opened: str | IO[bytes] = location.path
     if opened == "-":
         opened = get_stdin()
+    else:
+        with os_errors("read the archive"):
+            os.stat(location.path)  # before the cache is created
     with open_cache(create=True) as cache, show_progress("importing", quiet=quiet) as progress:
         found = cache.cache_from_tar(
             opened,  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from cachedb.cli.options import Output
-from cachedb.cli.output import fits, format_json, print_json, print_rows, print_table, to_json
+from cachedb.cli.output import fits, format_json, print_json, print_names, print_rows, print_table, to_json
 from cachedb.errors import InvalidQuery
 from cachedb.text import format_age, format_size, printable, shorten, shorten_digest
 
@@ -95,7 +95,7 @@ def print_images(
     """
     output = Output(output, (), has_heading=True) if isinstance(output, str) else output
     if quiet:
-        click.echo("".join(f"{image.name}\n" for image in found), nl=False)
+        print_names(image.name for image in found)
     elif output.form == "table" and not output.columns:
         # Reading all fields of each image would be slower.
         fields = _choose_fields(found)

@@ -22,10 +22,12 @@ from cachedb.cli.options import (
     output_options,
     quiet_option,
 )
-from cachedb.cli.output import describe_collected, print_collected, print_json, print_table
+from cachedb.cli.output import describe_collected, print_collected, print_json, print_names, print_table
 from cachedb.cli.streams import get_stdout
 from cachedb.errors import NotInCache
 from cachedb.oci.digests import parse_digest_prefix
+from cachedb.oci.names import Name
+from cachedb.oci.platforms import join_platform
 from cachedb.text import format_age, format_size, shorten_digest, truncate
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ __all__ = ["ls", "rm", "show"]
     epilog=format_examples(
         "cachedb ls",
         "cachedb ls -q 'team/*' --filter unused-for=30d",
-        "cachedb ls --sort -size --limit 5 --columns name,size,used",
+        "cachedb ls --sort -size --limit 5 --columns name,size,last-used",
         "cachedb ls --format '{{.Name}}\\t{{.Digest}}'",
         "cachedb ls --format json",
     )
@@ -59,8 +61,7 @@ def ls(names: tuple[str, ...], filters: Filters | None, output: Output, quiet: b
     """
     with open_cache() as cache:
         if quiet:
-            listed = cache.list_names(*names, filters=filters, ignore_missing=True)
-            click.echo("".join(f"{name}\n" for name in listed), nl=False)
+            print_names(cache.list_names(*names, filters=filters, ignore_missing=True))
             return
         found = cache.list_manifests(*names, filters=filters, ignore_missing=True)
         platforms = _read_platforms(cache) if uses_column(output, "platforms") else None
@@ -72,7 +73,7 @@ def _read_platforms(cache: Cache) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     with cache.sql("SELECT name, os, architecture, variant FROM platforms") as answer:
         for name, *parts in answer.rows:
-            found.setdefault(name, []).append("/".join(filter(None, parts)))
+            found.setdefault(name, []).append(join_platform(*parts))
     return found
 
 
@@ -175,6 +176,10 @@ def manifest(name: str) -> None:
 @click.argument("name", metavar="NAME|DIGEST", type=NAME_OR_DIGEST)
 def exists(name: str) -> None:
     """Exit with 0 if an image is complete or a blob is stored, otherwise with 3."""
+    from cachedb.index.filters import has_short_digest
+
+    if parse_digest_prefix(name) is None and not has_short_digest(name):
+        Name.parse(name)  # an invalid name is wrong usage, also without a cache
     with open_cache() as cache:
         is_stored = (parse_digest_prefix(name) and cache.has_blob(name)) or cache.is_image_complete(name)
     if not is_stored:
@@ -265,7 +270,7 @@ def rm(
     with open_cache() as cache:
         freed = cache.remove_manifest(*names, filters=filters, ignore_missing=ignore_missing, dry_run=dry_run)
     if quiet:
-        click.echo("".join(f"{name}\n" for name in freed.images), nl=False)
+        print_names(freed.images)
     elif form == "json":
         print_json({**describe_collected(freed), "images": [{"name": str(name)} for name in freed.images]})
     else:

@@ -18,7 +18,7 @@ from cachedb.cli.options import (
     output_options,
     quiet_option,
 )
-from cachedb.cli.output import print_collected, print_json, print_table
+from cachedb.cli.output import format_count, print_collected, print_json, print_table
 from cachedb.cli.progress import show_progress
 from cachedb.text import format_age, format_size, printable
 
@@ -177,8 +177,8 @@ def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
         ]
         if rows:
             print_table(("KIND", "DIGEST OR PATH", "IMAGES", "DETAIL", "REPAIR"), rows)
-        files = f"{found.checked} file{'' if found.checked == 1 else 's'} checked"
-        click.echo(f"{files}, {len(rows) or 'no'} problem{'' if len(rows) == 1 else 's'}")
+        summary = format_count(len(rows), "problem") if rows else "no problems"
+        click.echo(f"{format_count(found.checked, 'file')} checked, {summary}")
     if found.problems:
         click.get_current_context().exit(1)
 

@@ -125,6 +125,15 @@ ignore_missing_option = click.option(
 dry_run_option = click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be freed.")
 
 
+def _add_options(
+    command: Callable[..., Any], options: Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]
+) -> Callable[..., Any]:
+    """Add options to a command, which prints them in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that select images; the command gets them as ``filters``, None if none is given."""
 
@@ -154,9 +163,7 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--limit", metavar="N", type=click.IntRange(min=0), help="Select only the first N images."),
     )
-    for option in reversed(options):
-        run = option(run)
-    return run
+    return _add_options(run, options)
 
 
 def check_selection(names: Sequence[str], filters: Filters | None, *, ignore_missing: bool) -> None:
@@ -215,9 +222,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--no-header", is_flag=True, help="Print a table, csv or tsv without its headings."),
     )
-    for option in reversed(options):
-        run = option(run)
-    return run
+    return _add_options(run, options)
 
 
 def _parse_credentials(_context: click.Context, _option: click.Parameter, given: str | None) -> Any:  # noqa: ANN401
@@ -263,9 +268,7 @@ def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="How long to wait for the first byte of an answer.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _add_options(command, options)
 
 
 def quiet_option(what: str) -> Callable[[Any], Any]:

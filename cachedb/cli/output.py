@@ -23,9 +23,11 @@ __all__ = [
     "ROW_FORMATS",
     "describe_collected",
     "fits",
+    "format_count",
     "format_json",
     "print_collected",
     "print_json",
+    "print_names",
     "print_rows",
     "print_table",
     "to_json",
@@ -272,6 +274,16 @@ def _format_value(value: object) -> str:
 # Results
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun in the singular or plural, as programs can read it."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def print_names(names: Iterable[object]) -> None:
+    """Print names, one a line."""
+    click.echo("".join(f"{name}\n" for name in names), nl=False)
+
+
 def describe_collected(freed: Collected) -> dict[str, Any]:
     """Return what was freed, as JSON has it; ``bytes`` is the old name of the size."""
     return {"blobs": freed.blobs, "size": freed.bytes, "bytes": freed.bytes}
@@ -282,5 +294,5 @@ def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
     if form == "json":
         print_json(describe_collected(freed))
     else:
-        blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
-        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {format_size(freed.bytes)}")
+        verb = "would free" if dry_run else "freed"
+        click.echo(f"{verb} {format_count(freed.blobs, 'blob')}, {format_size(freed.bytes)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -23,7 +23,7 @@ from cachedb.cli.options import (
     format_option,
     quiet_option,
 )
-from cachedb.cli.output import print_json, to_json
+from cachedb.cli.output import format_count, print_json, print_names, to_json
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import read_text, write_text
 from cachedb.disk.layout import POLICY_FILE
@@ -295,7 +295,7 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
     if form == "json":
         print_json(document)
     elif quiet:
-        _print_names(image.name for image in plan.images)
+        print_names(image.name for image in plan.images)
     else:
         if file is None:
             _print_sizes("freed first", plan.garbage_sizes)
@@ -327,7 +327,7 @@ def _print_pruned(pruned: Pruned, policy: Policy, form: str, *, quiet: bool) -> 
         sizes = {"garbage_sizes": dict(pruned.garbage_sizes), "kept_sizes": dict(pruned.kept_sizes)}
         print_json({**pruned._asdict(), "images": images, "skipped": skipped, "garbage": garbage, **sizes})
     elif quiet:
-        _print_names(pruned.images)
+        print_names(pruned.images)
     else:
         for image in pruned.skipped:
             click.echo(f"skipped {image.name}: {image.reason}", err=True)
@@ -343,12 +343,8 @@ def _format_json(document: object) -> str:
     return json.dumps(document, indent=2, default=to_json)
 
 
-def _print_names(names: Iterable[object]) -> None:
-    click.echo("".join(f"{name}\n" for name in names), nl=False)
-
-
 def _describe_freed(images: int, size: int) -> str:
-    return f"{_count(images, 'image')}, {format_size(size)}"
+    return f"{format_count(images, 'image')}, {format_size(size)}"
 
 
 def _check_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> None:
@@ -442,9 +438,9 @@ def policy_check(file: str | None) -> None:
         click.echo(f"there is no {POLICY_FILE}: `cachedb policy edit` writes one")
         return
     found = _check_text(text, source)
-    rules = f"{_count(len(found.keep), 'keep rule')}, {_count(len(found.remove), 'remove rule')}"
+    rules = f"{format_count(len(found.keep), 'keep rule')}, {format_count(len(found.remove), 'remove rule')}"
     limits = sum(limit is not None for limit in (found.limits.max_size, found.limits.min_free))
-    click.echo(f"{source} is valid: {_count(limits, 'limit')}, {rules}")
+    click.echo(f"{source} is valid: {format_count(limits, 'limit')}, {rules}")
 
 
 def _check_text(text: str, source: str) -> Policy:
@@ -458,10 +454,6 @@ def _check_text(text: str, source: str) -> Policy:
         if any(rule.sql for rule in found.keep) or any(rule.sql for rule in found.remove):
             click.echo("cachedb: the queries were not run, because there is no cache", err=True)
         return found
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @policy.command("edit", epilog=format_examples("cachedb policy edit", "EDITOR=nano cachedb policy edit"))

@@ -10,6 +10,7 @@ from cachedb.cli.context import open_cache_or_empty
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_json, print_table
 from cachedb.errors import CacheError, RegistryError
+from cachedb.oci.platforms import join_platform
 from cachedb.text import format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _is_in_cache(cache: Cache, name: str) -> bool:
 
 
 def _print_image(image: RemoteImage) -> None:
-    platform = "/".join(filter(None, (image.os, image.architecture, image.variant)))
+    platform = join_platform(image.os, image.architecture, image.variant)
     built = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
     values = [
         ("name", str(image.name)),

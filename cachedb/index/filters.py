@@ -21,7 +21,7 @@ from cachedb.index.lifetimes import is_expired, is_pinned
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGE_PLATFORMS, IMAGES
 from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
-from cachedb.oci.platforms import is_for
+from cachedb.oci.platforms import is_for, join_platform
 from cachedb.text import parse_duration, shorten
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "is_repository_like",
     "narrow",
     "parse_filters",
+    "parse_label",
     "parse_wanted",
     "rename_all",
     "subtract_seconds",
@@ -113,8 +114,7 @@ def parse_filters(texts: Iterable[str], *, sort: str | None = None, limit: int |
 
 def _parse_value(key: str, value: str) -> object:
     if key == "label":
-        name, equals, wanted = value.partition("=")
-        return name, wanted if equals else None
+        return parse_label(value)
     if key == "unused-for":
         seconds = parse_duration(value)
         if seconds is None:
@@ -127,6 +127,18 @@ def _parse_value(key: str, value: str) -> object:
             raise InvalidQuery(f"{key}: {shorten(value)} is neither true nor false: write {key}, or {key}=false")
         return value != "false"
     return value
+
+
+def parse_label(text: str) -> tuple[str, str | None]:
+    """Parse ``KEY=VALUE`` into the key and the value of a label, and ``KEY`` into a key with any value.
+
+    Raises:
+        InvalidQuery: if there is no key.
+    """
+    key, equals, value = text.partition("=")
+    if not key:
+        raise InvalidQuery(f"{shorten(text)} has no key: write it as in team=web")
+    return key, value if equals else None
 
 
 def _parse_time(value: str) -> datetime:
@@ -364,7 +376,7 @@ def _is_for_platform(connection: Connection, wanted: str) -> ColumnElement[bool]
     fitting = [
         and_(*(column.is_not_distinct_from(part) for column, part in zip(columns, row, strict=True)))
         for row in connection.execute(select(*columns).distinct())
-        if is_for("/".join(part for part in row if part), wanted)
+        if is_for(join_platform(*row), wanted)
     ]
     return IMAGES.c.id.in_(select(IMAGE_PLATFORMS.c.image_id).where(or_(*fitting))) if fitting else false()
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
+from cachedb.oci.platforms import join_platform
 
 __all__ = [
     "BlobDetails",
@@ -57,7 +58,7 @@ class ImageInfo(NamedTuple):
     @property
     def platform(self) -> str:
         """``os/architecture[/variant]``, without unknown parts."""
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        return join_platform(self.os, self.architecture, self.variant)
 
 
 class ImportedImage(ImageInfo):

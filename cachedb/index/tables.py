@@ -58,6 +58,11 @@ TEXT_LIMIT = 65536
 _INTEGER = BigInteger().with_variant(Integer(), "sqlite")
 
 
+def format_time(time: datetime) -> str:
+    """Return an aware time as the index has it: in UTC, as text of fixed width."""
+    return f"{time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+
 class UtcTime(TypeDecorator[datetime]):
     """A UTC time stored as text of fixed width that sorts by time: ``2026-01-31T23:59:59.123456Z``."""
 
@@ -66,9 +71,7 @@ class UtcTime(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
         """Convert an aware time to text."""
-        if value is None:
-            return None
-        return f"{value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+        return None if value is None else format_time(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
         """Convert text to an aware time."""

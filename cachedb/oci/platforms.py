@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
-__all__ = ["PLATFORM_PART", "choose_platform", "host_platform", "is_for", "platform_label"]
+__all__ = ["PLATFORM_PART", "choose_platform", "host_platform", "is_for", "join_platform", "platform_label"]
 
 
 _ARCHITECTURES = {
@@ -43,7 +43,12 @@ def platform_label(fields: object) -> str | None:
     parts = [fields.get(key) or "" for key in ("os", "architecture", "variant")]
     if not all(isinstance(part, str) and PLATFORM_PART.fullmatch(part) for part in parts):
         return None
-    return "/".join(part for part in parts if part) or None
+    return join_platform(*parts) or None
+
+
+def join_platform(*parts: str | None) -> str:
+    """Return ``os/architecture[/variant]`` without the parts that are unknown."""
+    return "/".join(filter(None, parts))
 
 
 def host_platform() -> str:

@@ -20,7 +20,7 @@ from cachedb.disk.layout import POLICY_FILE
 from cachedb.disk.regular import open_regular
 from cachedb.disk.writer import write_all
 from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, os_errors
-from cachedb.index.filters import is_pattern
+from cachedb.index.filters import is_pattern, parse_label
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import run_query
 from cachedb.oci.names import Name, parse_repository
@@ -332,10 +332,7 @@ def _check_pattern(text: str) -> str:
 
 
 def _parse_labels(value: object) -> tuple[tuple[str, str | None], ...]:
-    labels = [text.partition("=") for text in _parse_texts(value)]
-    if not all(key for key, _, _ in labels):
-        raise ValueError(f'{shorten(value)} has no key: write it as in "team=web"')
-    return tuple((key, wanted if equals else None) for key, equals, wanted in labels)
+    return tuple(map(parse_label, _parse_texts(value)))
 
 
 def _parse_platform(value: object) -> str:

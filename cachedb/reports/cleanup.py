@@ -13,10 +13,11 @@ from sqlalchemy import Connection, bindparam, text
 
 from cachedb.errors import InvalidName
 from cachedb.index.holds import HoldInfo, read_holds
+from cachedb.index.tables import format_time
 from cachedb.oci.names import Name
 from cachedb.reports.image_rows import ImageRow
 from cachedb.reports.named import load_built_in
-from cachedb.reports.words import Row, fetch_rows, format_time
+from cachedb.reports.words import Row, fetch_rows
 
 __all__ = [
     "UNUSED_DAYS",

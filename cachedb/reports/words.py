@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from cachedb.index.tables import format_time
+from cachedb.oci.platforms import join_platform
 from cachedb.text import printable, truncate
 
 __all__ = [
@@ -21,7 +23,6 @@ __all__ = [
     "format_command",
     "format_count",
     "format_platform",
-    "format_time",
     "shorten_path",
 ]
 
@@ -76,7 +77,7 @@ def format_command(created_by: str | None) -> str:
 
 def format_platform(row: Row) -> str:
     """Format a platform as `docker pull --platform` expects it."""
-    words = clean_text("/".join(filter(None, (row.os, row.architecture, row.variant))))
+    words = clean_text(join_platform(row.os, row.architecture, row.variant))
     return words.replace(" ", "_") or UNKNOWN_PLATFORM  # a space would end a word of the page's search
 
 
@@ -94,8 +95,3 @@ def build_age_expression(column: str, now: datetime) -> tuple[str, dict[str, str
     cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGE_DAYS)))
     limits = {f"limit{age}": format_time(now - timedelta(days=days)) for age, days in enumerate(AGE_DAYS)}
     return f"CASE {cases} ELSE {len(AGE_DAYS)} END", limits
-
-
-def format_time(time: datetime) -> str:
-    """Format a time as in the index."""
-    return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

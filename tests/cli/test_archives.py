@@ -23,6 +23,14 @@ def test_a_tag_in_the_source_selects_an_image(cachedb: Run, tmp_path: Path, tag:
     assert "has no image '3'" in cachedb("import", f"oci:{tmp_path}/layout:3").stderr
 
 
+@pytest.mark.parametrize("source", ["missing.tar", "oci:missing:1"])
+def test_an_import_of_a_missing_file_creates_no_cache(cachedb: Run, directory: Path, source: str) -> None:
+    done = cachedb("import", source)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("cachedb: cannot read the archive: No such file or directory: 'missing")
+    assert not directory.exists()
+
+
 def test_the_source_may_be_an_option_as_in_docker_load(cachedb: Run, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": ONE}))
     assert cachedb("import", "-q", "-i", archive).stdout == "app:1\n"

@@ -191,6 +191,15 @@ def test_an_error_is_one_line_and_has_its_exit_code(cachedb: Run, arguments: lis
     assert re.fullmatch(r"cachedb: .+\n", result.stderr), result.stderr
 
 
+def test_exists_refuses_an_invalid_name_also_without_a_cache(cachedb: Run, directory: Path) -> None:
+    for name in ("No Name", "app:*"):
+        done = cachedb("exists", name)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is not a name" in done.stderr
+    assert cachedb("exists", "app@sha256:0123456789ab").returncode == 3
+    assert not directory.exists()
+
+
 def test_exists_exits_with_3_if_the_image_is_absent_or_incomplete(cachedb: Run, archive: Path, directory: Path) -> None:
     assert cachedb("exists", "app:1").returncode == 3
     assert cachedb("exists", ABSENT).returncode == 3

@@ -240,6 +240,7 @@ def test_images_are_sorted_and_limited(cache: Cache, sort: str | None, names: li
     ("texts", "message"),
     [
         (["size=1"], "is not a filter: use one of label, platform, unused-for"), (["label="], "label has no value"),
+        (["label==web"], "'=web' has no key: write it as in team=web"),
         (["unused-for=7"], "is not a duration"), (["added-before=yesterday"], "is not a time"),
         (["incomplete=maybe"], "incomplete=false"), (["digest=" + "0" * 12] * 2, "digest is given twice"),
     ],
