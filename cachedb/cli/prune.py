@@ -126,13 +126,19 @@ class _Wishes(NamedTuple):
 @click.option("--newest", metavar="N", type=click.IntRange(min=1), help="Keep the newest N images of each repository.")
 @click.option("--dry-run", is_flag=True, help="Remove nothing; print the plan.")
 @click.option("--explain", metavar="NAME", type=NAME, help="Print what keeps an image, or what would remove it.")
-@click.option("--plan", "plan_file", metavar="FILE", type=click.Path(), help="Remove nothing; write the plan to FILE.")
+@click.option(
+    "--plan",
+    "plan_file",
+    metavar="FILE",
+    type=click.Path(),
+    help="Remove nothing; write the plan to FILE; - is stdout.",
+)
 @click.option(
     "--apply",
     "applied_file",
     metavar="FILE",
     type=click.Path(),
-    help="Remove what the plan in FILE says, except images that were used or replaced since; - reads stdin.",
+    help="Remove what the plan in FILE says, except images that were used, replaced, pinned or held since; - is stdin.",
 )
 @format_option
 @quiet_option("the names of the removed images")
@@ -145,7 +151,7 @@ def prune(
     quiet: bool,
     **options: Any,  # noqa: ANN401 - those of `_Wishes`
 ) -> None:
-    """Remove images by the policy of the cache and by the options, and as few as its limits require.
+    """Remove the images that the policy and the options select, and as few others as the limits require.
 
     Images whose lifetime has ended go first, even without any policy. Then the images that rules select go, and then
     the least recently used, until the limits hold. Each limit of the options replaces that of the policy. --unused-for,
@@ -290,9 +296,12 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
     images = list(map(_describe_planned, plan.images))
     sums = {"garbage_size": plan.garbage_size, "missing_size": plan.missing_size}
     document = {**plan._asdict(), "images": images, **sums}
+    summary = f"would prune {_describe_freed(len(images), plan.garbage_size + plan.freed_size)}"
     if file is not None:
         write_text(file, f"{_format_json(document)}\n")
-    if form == "json":
+    if file == "-":  # a program reads stdout
+        click.echo(summary, err=True)
+    elif form == "json":
         print_json(document)
     elif quiet:
         print_names(image.name for image in plan.images)
@@ -303,7 +312,7 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
                 print_records(images, _PLAN_FIELDS, Output("table", (), has_heading=True))
                 click.echo()
             _print_sizes("kept", plan.kept_sizes)
-        click.echo(f"would prune {_describe_freed(len(images), plan.garbage_size + plan.freed_size)}")
+        click.echo(summary)
     _check_missing(plan.missing_size, plan.kept_sizes)
 
 
@@ -396,7 +405,10 @@ def policy() -> None:
     help="How to print the policy.",
 )
 def policy_show(form: str) -> None:
-    """Print the policy that applies, with the default rule that keeps images just used."""
+    """Print the policy that applies.
+
+    It includes the default rule, which keeps images that were used a moment ago.
+    """
     from cachedb.operations.policy import Keep, Policy, format_policy, load_policy
     from cachedb.operations.rules import RECENT_SECONDS
 
@@ -426,9 +438,9 @@ def _describe_policy(found: Policy, default_used_within: int | None) -> dict[str
 @policy.command("check", epilog=format_examples("cachedb policy check", "cachedb policy check ./policy.toml"))
 @click.argument("file", metavar="[FILE]", required=False, type=click.Path())
 def policy_check(file: str | None) -> None:
-    """Check the policy of the cache, or a file with one; an error names the line.
+    """Check the policy of the cache, or a file.
 
-    Queries are run on the cache, if there is one. FILE may be - for stdin.
+    An error names the line. Queries are run on the cache, if there is one. FILE may be - for stdin.
     """
     from cachedb.operations.policy import read_policy
 
@@ -458,10 +470,10 @@ def _check_text(text: str, source: str) -> Policy:
 
 @policy.command("edit", epilog=format_examples("cachedb policy edit", "EDITOR=nano cachedb policy edit"))
 def policy_edit() -> None:
-    """Open the policy in $VISUAL or $EDITOR, and install the result if it is valid.
+    """Edit the policy in $VISUAL or $EDITOR.
 
-    The editor gets a copy, so no process sees a half-written policy. An invalid text is not installed; an error
-    names the file that has it.
+    The result is installed only if it is valid; else an error names the file that has it. The editor gets a copy, so no
+    process sees a half-written policy.
     """
     from cachedb.operations.policy import read_policy
 

@@ -721,6 +721,7 @@ MUTATIONS = [
     Mutation("a key of the policy is given in one spelling", "cachedb/operations/policy.py", "        if name != key and name in table:\n", "        if False:\n", "tests/operations/test_policy.py"),
     Mutation("exists refuses an invalid name without a cache", "cachedb/cli/images.py", "        Name.parse(name)  # an invalid name is wrong usage, also without a cache\n", "        pass\n", "tests/cli/test_main.py -k exists_refuses"),
     Mutation("an import of a missing file creates no cache", "cachedb/cli/archives.py", "            os.stat(location.path)  # before the cache is created\n", "            pass\n", "tests/cli/test_archives.py -k missing_file"),
+    Mutation("a plan on stdout is nothing but the plan", "cachedb/cli/prune.py", "click.echo(summary, err=True)", "click.echo(summary)", "tests/cli/test_prune.py -k plan_on_stdout"),
     Mutation("an age of a rule is given once", "cachedb/cli/prune.py", "        if getattr(wishes, key) is not None and getattr(filters, key) is not None:\n", "        if False:\n", "tests/cli/test_prune.py -k wrong_usage"),
     Mutation("a prune of a cache that can only be read says so", "cachedb/operations/prune.py", "    database.folders.check()  # a cache that can only be read fails here\n", "", "tests/cli/test_prune.py -k read_only"),
     Mutation("the options keep what the policy keeps", "cachedb/cli/prune.py", "        keep += (Keep(newest=wishes.newest),)\n", "        keep = (Keep(newest=wishes.newest),)\n", "tests/cli/test_prune.py -k options_replace"),

@@ -152,6 +152,13 @@ def test_the_json_of_a_dry_run_and_a_plan_file_say_the_same(filled: Cache, cache
     assert cachedb(*options, "--dry-run", "-q").stdout == "app:1\napp:2\n"
 
 
+def test_a_plan_on_stdout_can_be_applied_from_stdin(filled: Cache, cachedb: Run) -> None:
+    made = cachedb("prune", "--unused-for", "0s", "--plan", "-")
+    assert made.stderr.startswith("would prune 2 images, ")
+    assert cachedb("prune", "--apply", "-", input=made.stdout).stdout.startswith("pruned 2 images, ")
+    assert list_names(filled) == []
+
+
 def test_an_applied_plan_removes_exactly_what_was_planned(filled: Cache, cachedb: Run, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     cachedb("prune", "--unused-for", "0s", "--plan", path)
