@@ -18,7 +18,7 @@ import pytest
 
 from cachedb import Cache
 from cachedb.index.sqlite.database import Database
-from tests.support import leftovers, new_index, statements
+from tests.support import leftovers, new_index
 from tests.support.command_server import CommandServer
 
 # A shell's background job ignores SIGINT, and the processes that the tests start would inherit that.
@@ -33,7 +33,6 @@ def pytest_configure() -> None:
     """Clean up after the run however it ends, and let no Hypothesis example fail for slowness."""
     leftovers.isolate_mounts()
     leftovers.start_watcher()
-    statements.share()
     from hypothesis import HealthCheck, settings  # here, because the scripts that import this module do not need it
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -32,9 +32,8 @@ def run_migrations(
     if target != REVISION or progress is not None or not is_empty(connection):
         MIGRATE(change, connection, target, progress)
         return
-    driver: Any = connection.connection.driver_connection
     for statement in statements_of_schema():
-        driver.execute(statement)  # in the transaction of the connection
+        connection.exec_driver_sql(statement)
 
 
 @cache
