@@ -35,7 +35,7 @@ from cachedb.content.publish import retract
 from cachedb.content.session import list_sessions_with_locks, lock_dead_sessions, remove_folder
 from cachedb.disk import downloads, single_flight
 from cachedb.disk.failures import sweep_failures
-from cachedb.disk.folders import Folders, Leftover
+from cachedb.disk.folders import Folders, Leftover, rename_over, set_aside
 from cachedb.disk.layout import trash_digest, trash_name
 from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
@@ -222,7 +222,7 @@ def _move_out(database: Database) -> None:
                     if algorithm not in sources:
                         sources[algorithm] = opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
                     with suppress(FileNotFoundError):  # a process renamed it, then crashed before its commit
-                        os.rename(name, trash_name(digest), src_dir_fd=sources[algorithm], dst_dir_fd=trash)
+                        rename_over(name, sources[algorithm], trash_name(digest), trash)
                     if time.monotonic() - start_time > _RENAME_SECONDS:
                         break
                 for folder in sources.values():
@@ -252,6 +252,8 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
                 os.unlink(name, dir_fd=trash)
             except FileNotFoundError:
                 pass
+            except IsADirectoryError:
+                set_aside(trash, name)
             except OSError as error:
                 left.append(Leftover(folders.directory / "trash" / name, explain(error)))
 

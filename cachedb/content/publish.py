@@ -21,6 +21,7 @@ from cachedb import oci
 from cachedb.content.save import associate_waiting, save_image
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import writer
+from cachedb.disk.folders import rename_over
 from cachedb.disk.layout import blob_file, received_digest
 from cachedb.disk.single_flight import ClaimLost
 from cachedb.disk.writer import Content, Data, Hasher, Readable, Received, discard, file_identity, open_data
@@ -243,7 +244,8 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
                         os.link(
                             path.name, second, src_dir_fd=received_in, dst_dir_fd=received_in, follow_symlinks=False
                         )
-                        os.rename(second, name, src_dir_fd=received_in, dst_dir_fd=folders[algorithm])
+                        assert received_in is not None
+                        rename_over(second, received_in, name, folders[algorithm])
                 for folder in folders.values():
                     os.fsync(folder)
             set_stored(connection, [blob for _, blob in new.values()])

@@ -46,6 +46,7 @@ __all__ = [
 
 
 _LOCK_SUFFIX = ".session"
+_NUMBER_BITS = 64  # of a file's name, so that nobody can guess it and put another file there
 _NEW_INDEX = re.compile(
     r"cachedb\.json|\.cachedb-[0-9a-f]{16}\.marker|index\.db(-wal|-shm|-journal)?|index\.db-test-[0-9a-f]{12}(-2)?\.test"
     r"|reserve|locks/(write\.(lock|queue)|[0-9a-f]{64}\.producing)|backups/(\.lock|\.backup-[0-9a-f]{32}(-journal)?)"
@@ -178,19 +179,14 @@ class Session:
             OSError: if the file cannot be made.
         """
         folder, flags = self.opened, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        while True:
-            name = self.new_path().name
-            try:
-                file = FileIO(os.open(name, flags, 0o600, dir_fd=folder.descriptor), "rb+")
-                break
-            except FileExistsError:
-                pass  # another user has put a file or link there
+        name = self.new_path().name
+        file = FileIO(os.open(name, flags, 0o600, dir_fd=folder.descriptor), "rb+")
         discard(name, folder.descriptor)
         return file
 
     def new_path(self, digest: Digest | None = None) -> Path:
         """Return a new path in the folder; a digest in it tells a later open which blob was being published."""
-        number = next(self._numbers)
+        number = secrets.randbits(_NUMBER_BITS)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
         return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # making a Path is slow, so make only one
 

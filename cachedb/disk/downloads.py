@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachedb.disk import single_flight
-from cachedb.disk.folders import Folders
+from cachedb.disk.folders import Folders, set_aside
 from cachedb.disk.layout import partial_digest
 from cachedb.errors import ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest
@@ -51,18 +51,25 @@ def find_resumable_bytes(folder: int, name: str, size: int) -> int:
         except OSError as error:
             if error.errno not in _UNOPENABLE_ERRNOS:
                 raise
-            os.unlink(name, dir_fd=folder)
+            _unlink(name, folder)
             return 0
         try:
             found = os.fstat(file)
             # A second name means that a killed process stored the file, or that somebody linked another file here.
             if found.st_nlink > 1 or found.st_size > size or not _is_our_file(found) or _has_writer(file):
-                os.unlink(name, dir_fd=folder)
+                _unlink(name, folder)
                 return 0
             os.fchmod(file, 0o600)
             return found.st_size
         finally:
             os.close(file)
+
+
+def _unlink(name: str, folder: int) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        set_aside(folder, name)
 
 
 def _is_our_file(found: os.stat_result) -> bool:

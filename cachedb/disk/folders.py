@@ -8,6 +8,7 @@ So neither a planted link nor another directory in the cache's place can lead us
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ __all__ = [
     "find_links",
     "give_to_folder_owner",
     "is_shared",
+    "rename_over",
+    "set_aside",
 ]
 
 
@@ -242,6 +245,8 @@ class Folders:
                 raise NotOurs(
                     f"{self._path(name)!r} is {what}: put a folder back in its place, or move the whole cache"
                 ) from None
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._path(name)) from error
             finally:
                 if folder != self.root:
                     os.close(folder)
@@ -263,6 +268,25 @@ class Folders:
 
     def _path(self, name: str) -> str:
         return f"{self.directory}/{name}"
+
+
+def set_aside(folder: int, name: str) -> None:
+    """Rename an entry of a folder that is in the place of a file of ours; it stays there, and `verify` names it.
+
+    Args:
+        folder: descriptor of the folder.
+        name: of the entry, which another user of a shared cache may have made.
+    """
+    os.rename(name, f"{name}.{secrets.token_hex(8)}", src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def rename_over(name: str, folder: int, new_name: str, new_folder: int) -> None:
+    """Rename a file to a name in another open folder; if a folder has that name, `set_aside` moves it."""
+    try:
+        os.rename(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
+    except IsADirectoryError:
+        set_aside(new_folder, new_name)
+        os.rename(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
 
 
 def find_links(directory: Path) -> NotOurs | None:

@@ -19,6 +19,8 @@ def open_regular(path: str | os.PathLike[str], flags: int) -> int:
         # Opening a pipe without a writer would block, perhaps under the write lock.
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
+        if error.errno == errno.EACCES and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path)) from None
         what = {errno.ELOOP: "a symbolic link", errno.EISDIR: "a folder", errno.ENXIO: "a socket"}
         if error.errno not in what:
             raise

@@ -7,6 +7,7 @@ stalled download: it unlinks the file. If the former holder continues, it sees t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cachedb.disk import byte_locks, locks, processes
-from cachedb.disk.folders import Folders, Leftover
+from cachedb.disk.folders import Folders, Leftover, is_shared, set_aside
 from cachedb.disk.layout import lock_kind
 from cachedb.disk.processes import Process
 from cachedb.disk.regular import open_regular
@@ -70,11 +71,26 @@ def _claims_of_thread() -> set[Path]:
 
 def _take_claim(path: Path, key: str) -> FileIO | None:
     """Take a claim; return its lock, or None if another process or thread has it."""
-    lock = locks.acquire(path, wait=False)
+    try:
+        lock = locks.acquire(path, wait=False)
+    except OSError as error:
+        if not _is_planted(path, error):
+            raise
+        with Folders(path.parent.parent).open("locks") as folder, suppress(FileNotFoundError):
+            set_aside(folder, path.name)
+        lock = locks.acquire(path, wait=False)
     if lock is not None:
         processes.write_record(lock.fileno(), key=key, since=time.time())
         _claims[path] = lock
     return lock
+
+
+def _is_planted(path: Path, error: OSError) -> bool:
+    """Return whether another user of a shared cache may have put the file there; the key gives its name away."""
+    if error.errno == errno.EACCES and is_shared(os.stat(path.parent)):
+        time.sleep(_POLL_SECONDS)  # its user may be about to give it the mode of the cache
+        return not os.access(path, os.R_OK | os.W_OK)
+    return error.errno == errno.EINVAL  # a link, a pipe or a folder
 
 
 def _release_claim(path: Path, lock: FileIO) -> None:

@@ -36,12 +36,10 @@ def share(folders: Folders, group: str | None = None) -> str:
     gid = _find_group_id(folders, group)
     with os_errors("share the cache"):
         for name in (*FOLDERS, "quarantine", "reserve.inodes", "ingest/partial"):
-            try:
-                with folders.open(name) as folder:
-                    _share_files(folder, gid)
-                    _set_group_and_mode(folder, gid, _FOLDER_MODE)
-            except FileNotFoundError:
-                pass  # it is created when needed
+            folders.make(name)  # otherwise a member could make it unreadable for the others
+            with folders.open(name) as folder:
+                _share_files(folder, gid)
+                _set_group_and_mode(folder, gid, _FOLDER_MODE)
         _share_files(folders.root, gid)
         _set_group_and_mode(folders.root, gid, _FOLDER_MODE)
     return _find_group_name(gid)

@@ -36,7 +36,15 @@ from cachedb.disk.layout import (
 )
 from cachedb.disk.regular import open_regular
 from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
+from cachedb.errors import (
+    CacheError,
+    InvalidManifest,
+    NotInCache,
+    StorageError,
+    explain,
+    is_callers,
+    os_errors,
+)
 from cachedb.index import drift, images
 from cachedb.index.blobs import read_all_stored_sizes, read_image_names, read_stored_sizes, set_stored
 from cachedb.index.sqlite.batches import split_batches
@@ -150,8 +158,9 @@ def _verify(
     readings = _hash_files(database.directory, {digest: files[digest] for digest in wanted}, progress)
     suspects.update(digest for digest, reading in readings.items() if reading.digest != digest)
     problems += _check_strays(database, strays, repair=repair)
-    problems += _find_foreign_files(database.directory)
-    problems += [Problem("orphan", None, path, f"it cannot be removed: {reason}", None) for path, reason in left]
+    known = dict(left)
+    problems += [problem for problem in _find_foreign_files(database.directory) if problem.path not in known]
+    problems += [Problem("orphan", None, path, f"it cannot be removed: {why}", None) for path, why in known.items()]
     for part in split_batches(sorted(suspects)):
         problems += _check_again(database, {digest: readings.get(digest) for digest in part}, repair=repair)
     if repair and suspects:
@@ -381,15 +390,18 @@ def _name_orphans(database: Database, files: dict[Digest, int], problems: list[P
 def _check_strays(database: Database, strays: Iterable[Path], *, repair: bool) -> Iterator[Problem]:
     """Report entries of ``blobs/`` that are not blobs; a repair moves them to ``quarantine/``."""
     for path in strays:
-        done = None
+        done, detail = None, "its name is not a digest, or it is not a regular file"
         if repair:
             with database.write():
                 if not os.path.lexists(path):
                     continue
                 kept = quarantine_path(database.directory, path.name)
-                _move_to_quarantine(database.directory, path, kept)
-            done = f"moved to quarantine/{kept.name}"
-        yield Problem("orphan", None, path, "its name is not a digest, or it is not a regular file", done)
+                try:
+                    _move_to_quarantine(database.directory, path, kept)
+                    done = f"moved to quarantine/{kept.name}"
+                except PermissionError as error:  # only the owner of a folder can move it elsewhere
+                    detail = f"{detail}; it cannot be moved: {explain(error)}"
+        yield Problem("orphan", None, path, detail, done)
 
 
 def _find_foreign_files(directory: Path) -> Iterator[Problem]:
@@ -404,13 +416,22 @@ def _find_foreign_files(directory: Path) -> Iterator[Problem]:
     for folder, is_known in known.items():
         with suppress(FileNotFoundError):
             for name in sorted(os.listdir(directory / folder)):
-                if not is_known(name):
+                if not is_known(name) or (folder != "ingest" and not _is_regular(directory / folder / name)):
                     yield Problem("orphan", None, directory / folder / name, detail, None)
     for session in sorted(filter(is_session, os.listdir(directory / "ingest"))):
         with suppress(OSError):
             for name in sorted(os.listdir(directory / "ingest" / session)):
                 if not is_received(name):
                     yield Problem("orphan", None, directory / "ingest" / session / name, detail, None)
+
+
+def _is_regular(path: Path) -> bool:
+    """Return whether a path leads to a regular file, or to nothing."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(status.st_mode)
 
 
 def _check_images(database: Database, bad: set[Digest], *, repair: bool) -> Iterator[Problem]:

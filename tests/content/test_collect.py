@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, event, select
 
 from cachedb import Cache, DamagedIndex, StorageError
 from cachedb.content import collect
-from cachedb.disk.layout import blob_path
+from cachedb.disk.layout import blob_path, trash_name
 from cachedb.index import blobs
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS
@@ -434,3 +434,15 @@ def test_an_index_that_names_a_path_is_damaged(cache: Cache, tmp_path: Path) -> 
     (cache.directory.parent / "victim.txt").write_text("precious")
     with pytest.raises(DamagedIndex, match=r"the digest '\.\.:\.\.:victim\.txt': run `cachedb verify --repair`"):
         blob_path(cache.directory, Digest("..:..:victim.txt"))
+
+
+def test_a_folder_in_the_place_of_a_file_in_the_trash_is_set_aside(cache: Cache) -> None:
+    abandon(cache, b"unreferenced")
+    names = [trash_name(Digest(digest_of(data))) for data in (b"unreferenced", b"another")]
+    for name in names:
+        (cache.directory / "trash" / name / "deep").mkdir(parents=True)
+    assert cache.collect_garbage() == (1, len(b"unreferenced"))
+    assert files_of(cache.directory) == {}
+    left = sorted(path.name.partition(".")[0] for path in (cache.directory / "trash").iterdir())
+    assert left == sorted(names)
+    assert {problem.kind for problem in cache.verify().problems} == {"orphan"}

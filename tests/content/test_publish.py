@@ -447,3 +447,20 @@ def test_a_pipe_or_folder_in_the_place_of_a_blob_is_refused_at_once(
     done = cachedb("blob", "cat", digest, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"cachedb: cannot read a blob: it is not a regular file: {str(path)!r}\n"
+
+
+def test_a_folder_in_the_place_of_a_new_blob_is_set_aside(cache: Cache) -> None:
+    digest = digest_of(b"new")
+    place = blob_path(cache.directory, Digest(digest))
+    (place / "deep").mkdir(parents=True)
+    assert cache.add_blob(b"new") == digest
+    assert place.read_bytes() == b"new"
+    (problem,) = cache.verify().problems
+    assert (problem.kind, str(problem.path).partition(".")[0]) == ("orphan", str(place))
+    assert Path(f"{problem.path}/deep").is_dir()
+
+
+def test_the_names_of_received_files_cannot_be_guessed(session: Session) -> None:
+    numbers = [int(session.new_path().name) for _ in range(50)]
+    assert len(set(numbers)) == 50
+    assert max(numbers) > 2**32

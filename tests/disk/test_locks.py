@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from cachedb.disk import byte_locks, forks, locks, turns
+from cachedb.disk.regular import open_regular
 from tests.conftest import run_python, running
 from tests.support.processes import read_state
 
@@ -579,3 +581,17 @@ def test_a_lock_file_that_is_not_a_regular_file_is_refused(tmp_path: Path, kind:
     assert not (tmp_path / "nothing").exists()
     if pipe is not None:
         os.close(pipe)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root to become another user")
+def test_an_unreadable_pipe_is_not_a_regular_file() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # only their owner can read pytest's own folders
+        os.chmod(folder, 0o755)
+        os.mkfifo(f"{folder}/lock", 0o600)
+        before = os.geteuid()
+        os.seteuid(65534)
+        try:
+            with pytest.raises(OSError, match="it is not a regular file"):
+                open_regular(f"{folder}/lock", os.O_RDONLY)
+        finally:
+            os.seteuid(before)

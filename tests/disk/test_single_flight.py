@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cachedb import Cache, CacheError
-from cachedb.disk import locks
+from cachedb.disk import locks, single_flight
 from tests.conftest import Run, run_python, running
 from tests.disk.test_locks import wait_until
 from tests.support import make
@@ -364,3 +365,24 @@ def test_a_command_may_produce_the_same_name_in_another_cache(cachedb: Run, dire
         Cache.open(place).close()
     result = cachedb("produce", "app:1", "--", "sh", "-ec", script, "sh", *places)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "hard link"])
+def test_another_kind_of_file_in_the_place_of_a_claim_is_set_aside(cache: Cache, tmp_path: Path, kind: str) -> None:
+    """The key gives the name, so another user of a shared cache knows it."""
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("the only copy")
+    place = single_flight._claim_path(cache.directory, "blob 1")
+    make: dict[str, Callable[[], object]] = {
+        "link": lambda: place.symlink_to(thesis),
+        "pipe": lambda: os.mkfifo(place),
+        "folder": lambda: (place / "deep").mkdir(parents=True),
+        "hard link": lambda: os.link(thesis, place),
+    }
+    make[kind]()
+    with single_flight.try_claim(cache.directory, "blob 1") as has_claim:
+        assert has_claim
+        assert [claim.key for claim in single_flight.list_claims(cache.directory)] == ["blob 1"]
+    assert thesis.read_text() == "the only copy"
+    (left,) = (path for path in (cache.directory / "locks").iterdir() if path.name.startswith(place.name))
+    assert [problem.path for problem in cache.verify().problems] == [left]

@@ -141,7 +141,7 @@ with cache.hold("app:1"), cache.producing("never:1"):
     with running(script, shared) as process:
         process.kill()
         process.wait()
-    assert list((shared / "ingest").iterdir())
+    assert len(list((shared / "ingest").iterdir())) == 2
     run_python(
         BECOME
         + """
@@ -153,7 +153,7 @@ with Cache.open(sys.argv[1]) as cache:
 """,
         shared,
     )
-    assert [path.name for path in (shared / "ingest").iterdir()] == []
+    assert [path.name for path in (shared / "ingest").iterdir()] == ["partial"]
     assert sorted(path.name for path in (shared / "locks").iterdir() if "write" not in path.name) == []
 
 
@@ -322,6 +322,67 @@ def test_in_a_shared_cache_only_files_that_all_can_read_and_none_write_are_linke
     found = [path.stat() for path in (cache.directory / "blobs").glob("*/*")]
     assert {status.st_nlink for status in found} == {links if shared else 2}
     assert {stat.S_IMODE(status.st_mode) for status in found} == {0o444 if shared else mode}
+
+
+@NEEDS_ROOT
+@pytest.mark.slow
+def test_nothing_that_a_member_plants_blocks_the_others(shared: Path) -> None:
+    """All names that a member can guess are taken by folders, links and pipes."""
+    plant = """
+from cachedb.disk import downloads
+from cachedb.disk.layout import trash_name
+from cachedb.disk.single_flight import _claim_path
+become(1002)
+root = Path(sys.argv[1])
+digests = sorted(image(1, 2, 3).blobs)
+for number, digest in enumerate(digests):
+    blob = root / "blobs" / digest.replace(":", "/")
+    if not blob.exists():
+        (blob / "deep").mkdir(parents=True)
+    (root / "trash" / trash_name(digest) / "deep").mkdir(parents=True)
+    (root / "ingest" / "partial" / trash_name(digest) / "deep").mkdir(parents=True)
+    claim = _claim_path(root, downloads.claim_key(digest))
+    if number % 2:
+        os.mkfifo(claim)
+    else:
+        claim.symlink_to("/etc/passwd")
+os.mkfifo(_claim_path(root, "app:3"))
+_claim_path(root, "app:4").touch(0o600)
+for name in ("reserve.inodes", "policy.toml", f"backups/.backup-{'0' * 32}", f"backups/{'9' * 240}-0006.db"):
+    (root / name / "deep").mkdir(parents=True, exist_ok=True)
+for name in ("ingest/7-000000000000", "locks/8-000000000000.session"):
+    (root / name).symlink_to("/etc")
+(root / "locks" / "9-000000000000.session").mkdir()
+"""
+    run_python(BECOME + plant, shared)
+    run_python(
+        BECOME
+        + """
+from cachedb.disk import downloads
+from cachedb.disk.single_flight import try_claim
+from cachedb.operations import upgrade
+become(1003)
+with Cache.open(sys.argv[1]) as cache:
+    with cache.producing("app:3") as found:
+        assert found is None
+        save(cache, "app:3", image(1, 2, 3))
+    with cache.producing("app:4") as found:
+        assert found is None
+    cache.remove_manifest("app:3")
+    cache.collect_garbage()
+    for digest in image(1, 2, 3).blobs:
+        with try_claim(cache.directory, downloads.claim_key(digest)) as has_claim:
+            assert has_claim
+        folder = os.open(cache.directory / "ingest" / "partial", os.O_RDONLY)
+        assert downloads.find_resumable_bytes(folder, digest.replace(":", "-"), 10) == 0
+        os.close(folder)
+    upgrade.back_up(cache.directory)
+    assert {problem.kind for problem in cache.verify(repair=True).problems} == {"orphan"}
+    assert cache.is_image_complete("app:1")
+    cache.collect_garbage()
+""",
+        shared,
+    )
 
 
 @NEEDS_ROOT

@@ -1067,3 +1067,12 @@ def test_a_cache_without_its_ingest_folder_cannot_be_verified(cache: Cache) -> N
     with pytest.raises(StorageError, match="cannot verify the cache: No such file or directory"):
         cache.verify()
     (cache.directory / "ingest").mkdir()
+
+
+@pytest.mark.parametrize("name", ["locks/write.lock", f"locks/{'a' * 64}.producing", f"trash/sha256-{'b' * 64}"])
+def test_a_link_with_the_name_of_a_file_of_the_cache_is_reported(cache: Cache, tmp_path: Path, name: str) -> None:
+    path = cache.directory / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "nothing")
+    problems = cache.verify().problems
+    assert [(problem.kind, problem.path, problem.repair) for problem in problems] == [("orphan", path, None)]

@@ -47,6 +47,7 @@ _UNFINISHED = re.compile(r"\.backup-([a-z0-9_]{8}|[0-9a-f]{32})(-journal)?")
 _BEFORE = "-before-"
 _BEFORE_CHANGE = re.compile(r"[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db")
 _REBUILT = re.compile(r"[0-9]{6,}-rebuilt\.db")
+_MAX_DIGITS = 18  # of a backup's number
 _CHANGE_BYTES = 1024 * 1024  # disk space that a schema change takes, even for an empty index
 _OPCODES = 1000  # of SQLite's virtual machine, between two progress reports
 _PAGES = 1000  # copied before Python can handle a signal
@@ -57,7 +58,8 @@ def list_backups(directory: Path) -> list[Path]:
 
     The number in the name decides; a backup without a number comes last.
     """
-    return sorted((directory / "backups").glob("*.db"), key=_number, reverse=True)
+    found = (path for path in (directory / "backups").glob("*.db") if path.is_file())
+    return sorted(found, key=_number, reverse=True)
 
 
 def back_up(
@@ -98,7 +100,8 @@ def back_up(
             with folders.open("backups") as opened:
                 # Killed processes left these unfinished backups and journals.
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
-                    os.unlink(name, dir_fd=opened)
+                    with ignore_os_errors():  # somebody may have made a folder of that name
+                        os.unlink(name, dir_fd=opened)
         elif is_lockable := not explain_shared(path.parent):
             remove_leftovers(path.parent, _PART, beside=_JOURNAL)
         path = path or _next_path(database.directory, label)
@@ -259,7 +262,8 @@ def put_in_place(database: Database, turn: turns.Turn, new: Path) -> Path | None
         raise
     # Interrupted calls of this function left these.
     for name in filter(_REBUILT.fullmatch, os.listdir(staged.parent)):
-        database.folders.remove(f"backups/{name}")
+        with ignore_os_errors():
+            database.folders.remove(f"backups/{name}")
     return old if found else None
 
 
@@ -272,4 +276,5 @@ def _next_path(directory: Path, label: str) -> Path:
 
 def _number(path: Path) -> tuple[int, str]:
     number = path.name.partition("-")[0]
-    return int(number) if number.isdecimal() else 0, path.name
+    # With a longer number, the name of the next backup could be too long.
+    return int(number) if number.isdecimal() and len(number) <= _MAX_DIGITS else 0, path.name

@@ -189,3 +189,16 @@ def test_a_wait_for_a_backup_ends_when_this_one_begins(cache: Cache, monkeypatch
     monkeypatch.setattr(backups, "_copy_index", lambda *_: awaited.append(set(waiting._logged_holders)))
     upgrade.back_up(cache.directory)
     assert awaited == [set()]
+
+
+def test_no_folder_with_the_name_of_a_backup_blocks_a_backup(cache: Cache) -> None:
+    save(cache, "app:1", make.image(1))
+    names = (f".backup-{'0' * 32}", "000007-0005-before-0006.db", "000008-rebuilt.db", f"{'9' * 240}-0006.db")
+    for name in names:
+        (cache.directory / "backups" / name / "deep").mkdir(parents=True)
+    made = upgrade.back_up(cache.directory)
+    assert made.name.startswith("000009-")
+    backups.keep_newest(cache.directory, 0)
+    restore.restore(cache.directory, made)
+    assert backups.list_backups(cache.directory) == [made]
+    assert set(names) < set(os.listdir(cache.directory / "backups"))
