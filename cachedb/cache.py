@@ -41,6 +41,7 @@ from cachedb.errors import (
     DamagedIndex,
     InvalidManifest,
     NotInCache,
+    SchemaMismatch,
     StorageError,
     os_errors,
 )
@@ -128,7 +129,7 @@ class Cache:
             wait: seconds to wait for a lock of another process, or for work of another process that makes no progress.
                 After that a method raises `Busy`, which names the process. 0 never waits; inf waits forever. The
                 default is ``CACHEDB_WAIT``, else 60.
-            damaged: open the cache even if its index is lost or damaged. Then use only `verify`.
+            damaged: open the cache even if its index is lost, damaged, or has another schema. Then use only `verify`.
             trust: write to another user's cache even if it is not shared. ``CACHEDB_TRUST=1`` does the same.
 
         Raises:
@@ -136,7 +137,8 @@ class Cache:
             NotInCache: if there is no cache, and ``create`` is false.
             NotOurs: if another user owns the directory or a folder in it, or such a folder is a link.
             DamagedIndex: if the index is lost or damaged, and ``damaged`` is false.
-            SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
+            SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false; not if
+                ``damaged`` is true.
             StorageError: if the directory cannot be created or read, or is on a file system that several hosts share.
         """
         database = Database(choose_directory(directory), wait=wait, trust=trust)
@@ -153,7 +155,7 @@ class Cache:
         cache = cls(database)
         try:
             cache._leftovers = database.reserve.run(prepare)
-        except DamagedIndex:
+        except (DamagedIndex, SchemaMismatch):
             if not damaged:
                 database.close()
                 raise

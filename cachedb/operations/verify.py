@@ -38,8 +38,10 @@ from cachedb.disk.regular import open_regular
 from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
 from cachedb.errors import (
     CacheError,
+    DamagedIndex,
     InvalidManifest,
     NotInCache,
+    SchemaMismatch,
     StorageError,
     explain,
     is_callers,
@@ -51,7 +53,7 @@ from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults, read_journal_mode
 from cachedb.index.sqlite.prepare import accept_copy
-from cachedb.index.tables import BLOBS, IMAGES, TRASH
+from cachedb.index.tables import BLOBS, IMAGES, REVISION, TRASH
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from cachedb.oci.names import Name
@@ -140,13 +142,18 @@ def _verify(
     progress: Progress | None,
 ) -> Verification:
     problems = [Problem("index", None, database.path, fault, None) for fault in find_faults(database, quick=quick)]
+    mismatch = _find_schema_mismatch(database)
+    if mismatch is not None and repair and (not problems or (database.revision() or "") > REVISION):
+        raise mismatch  # a repair changes the schema only if the index is damaged, and never to an older one
+    if mismatch is not None:
+        problems.append(Problem("index", None, database.path, str(mismatch), None))
     if problems and repair:
         lost = rebuild.rebuild(database, session.new_folder())
         problems = [problem._replace(repair="the index was rebuilt") for problem in problems]
         problems += [Problem("index", None, database.path, line, None) for line in lost]
     files, strays = list_blob_files(database.directory)
     if problems and not repair:
-        # A damaged index cannot be trusted, but files can still be checked against their names.
+        # A damaged index cannot be trusted, and one with another schema is not read. Files have their names to check.
         readings = {} if quick else _hash_files(database.directory, files, progress)
         return Verification(len(files), problems + list(_find_corrupt(database.directory, readings)))
     problems += _check_settings(database, repair=repair)
@@ -175,6 +182,16 @@ def _verify(
         names = read_image_names(connection, {problem.digest for problem in problems if problem.digest})
     problems = [problem._replace(images=tuple(names.get(problem.digest or "", ()))) for problem in problems]
     return Verification(len(files), problems)
+
+
+def _find_schema_mismatch(database: Database) -> SchemaMismatch | None:
+    """Return why this release cannot use the schema of the index; None if it can, or the schema is damaged."""
+    try:
+        with suppress(DamagedIndex), database.read():
+            pass
+    except SchemaMismatch as error:
+        return error
+    return None
 
 
 def _check_settings(database: Database, *, repair: bool) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ import pytest
 
 from cachedb import Cache, CacheError
 from cachedb.disk.layout import blob_path
-from cachedb.errors import Busy, DamagedIndex, StorageError
+from cachedb.errors import Busy, DamagedIndex, SchemaMismatch, StorageError
 from cachedb.index import blobs
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
@@ -29,6 +29,7 @@ from cachedb.operations import verify
 from cachedb.operations.verify import KINDS, Problem
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
 from tests.index.test_schema import change_index
+from tests.operations.test_upgrade import unpack_frozen_cache
 from tests.support import make
 from tests.support.make import ImageContent, digest_of, hex_of, image, save
 from tests.support.promises import check
@@ -1076,3 +1077,34 @@ def test_a_link_with_the_name_of_a_file_of_the_cache_is_reported(cache: Cache, t
     path.symlink_to(tmp_path / "nothing")
     problems = cache.verify().problems
     assert [(problem.kind, problem.path, problem.repair) for problem in problems] == [("orphan", path, None)]
+
+
+def test_an_older_index_is_checked_and_named_as_older(tmp_path: Path) -> None:
+    directory = unpack_frozen_cache("0003", tmp_path / "cache")
+    older = "has schema 0003, and this release needs"
+    with Cache.open(directory, damaged=True) as cache:
+        assert [older in problem.detail for problem in cache.verify().problems] == [True]
+        with pytest.raises(SchemaMismatch, match=older):
+            cache.verify(repair=True)
+        change_index(directory, "DELETE FROM blobs WHERE id = (SELECT min(blob_id) FROM image_blobs)")
+        path = next((directory / "blobs" / "sha256").iterdir())
+        path.chmod(0o644)
+        path.write_bytes(b"rotten")
+        found = cache.verify().problems
+        assert {problem.kind for problem in found} == {"index", "corrupt"}
+        assert any("refers to a row of blobs that is not there" in problem.detail for problem in found)
+        assert any(older in problem.detail for problem in found)
+        assert cache.verify(repair=True).problems
+        close_and_check(cache)
+    Cache.open(directory).close()
+
+
+def test_a_damaged_index_with_a_newer_schema_is_not_repaired(cache: Cache) -> None:
+    change_index(cache.directory, "DELETE FROM blobs WHERE id = (SELECT min(blob_id) FROM image_blobs)")
+    change_index(cache.directory, "UPDATE alembic_version SET version_num = '9999'")
+    change_index(cache.directory, "PRAGMA user_version = 9999")
+    status = (cache.directory / "index.db").stat()
+    assert {problem.kind for problem in cache.verify(quick=True).problems} == {"index"}
+    with pytest.raises(SchemaMismatch, match="newer release"):
+        cache.verify(repair=True)
+    assert (cache.directory / "index.db").stat().st_ino == status.st_ino

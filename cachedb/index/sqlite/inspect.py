@@ -8,6 +8,7 @@ from sqlalchemy import select
 
 from cachedb.errors import DamagedIndex, os_errors
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import is_compatible, read_revision, schema_error
 from cachedb.index.tables import METADATA
 
 __all__ = ["find_faults", "read_journal_mode"]
@@ -18,6 +19,8 @@ _IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/filef
 def find_faults(database: Database, *, quick: bool = False) -> list[str]:
     """Return the faults of a database file, one line each; at most a hundred of each kind.
 
+    Of an index with another schema, the rows are not read.
+
     Args:
         database: the index to check.
         quick: do not compare the indexes with their tables, and do not read all rows.
@@ -26,12 +29,15 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
         return ["the index is lost"]
     try:
         database.revision()
-        with database.read() as connection:
+        with database.look() as connection:
+            revision = read_revision(connection)
+            if not revision:
+                raise schema_error(database.directory, None)
             check = f"PRAGMA {'quick_check' if quick else 'integrity_check'}(100)"
             found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
             for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(100):
                 found.append(f"row {row} of {table} refers to a row of {parent} that is not there")
-            for table in METADATA.sorted_tables:
+            for table in METADATA.sorted_tables if is_compatible(connection) else ():
                 # Constraints accept text that is not UTF-8 and some invalid times, but reading them fails.
                 for _ in connection.execute(select(table).limit(0 if quick else None)):
                     pass
