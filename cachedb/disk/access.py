@@ -8,7 +8,7 @@ from pathlib import Path
 from cachedb import space
 from cachedb.disk.folders import Folders, find_links
 from cachedb.disk.reserve import RESERVE_BYTES
-from cachedb.errors import NotOurs, StorageError, os_errors
+from cachedb.errors import CacheReplaced, NotOurs, StorageError, os_errors
 
 __all__ = ["Access"]
 
@@ -28,6 +28,8 @@ class Access:
         self._directory, self._trust = directory, trust
         self._folders: Folders | None = None
         self._shortage: StorageError | None = None
+        self.replaced: CacheReplaced | None = None
+        """Why the cache must be opened again, because it was replaced."""
         with os_errors("use the cache directory"):
             self.is_writable = os.access(directory, os.W_OK) or not index.exists()
             self._refusal = find_links(directory) if search_links and self.is_writable else None
@@ -66,7 +68,9 @@ class Access:
         return self._folders is not None
 
     def check(self) -> None:
-        """Raise `CacheReplaced` if the open directory was moved, removed or replaced."""
+        """Raise `CacheReplaced` if the open directory or its index was moved, removed or replaced."""
+        if self.replaced is not None:
+            raise CacheReplaced(str(self.replaced))
         if self._folders is not None:
             self._folders.check()
 

@@ -24,6 +24,7 @@ from tests.disk.test_locks import wait_until
 from tests.support.make import image, save
 
 APP = image(1)
+ANY = f"sha256:{'0' * 64}"
 
 
 def rename_file(path: Path) -> None:
@@ -308,6 +309,26 @@ def copy_by_hard_links(source: Path, target: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "use", [list_names, lambda cache: cache.tag("app:1", "app:2"), lambda cache: cache.has_blob(ANY)]
+)
+def test_an_index_that_another_program_replaces_is_not_used(
+    cache: Cache, tmp_path: Path, use: Callable[[Cache], object]
+) -> None:
+    """SQLite would apply the WAL of the first index to the second."""
+    save(cache, "app:1", APP)
+    use(cache)
+    with Cache.open(tmp_path / "other") as other:
+        save(other, "other:1", image(2))
+    before = (tmp_path / "other" / "index.db").read_bytes()
+    os.replace(tmp_path / "other" / "index.db", cache.directory / "index.db")
+    for _ in range(2):
+        with pytest.raises(CacheReplaced, match=r"index.db' was replaced by another program .*: open the cache again"):
+            use(cache)
+    cache.close()
+    assert (cache.directory / "index.db").read_bytes() == before
+
+
 def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)

@@ -56,6 +56,20 @@ class CacheConnection(sqlite3.Connection):
         """Return whether the -wal or -shm differs from that of this connection."""
         return bool(self.beside) and self.beside != _identify_beside(self.path)
 
+    def find_swap(self, found: tuple[int, int, str]) -> CacheReplaced | None:
+        """Return an error if another program has put another index beside the WAL of this connection.
+
+        cachedb removes the WAL before it replaces the index. With this WAL, SQLite would damage the other index.
+
+        Args:
+            found: the identity of the index that is there now.
+        """
+        if self.file[:2] == found[:2] or not self.beside or self.beside[0] is None:
+            return None
+        if self.beside[0] != _identify(f"{self.path}-wal"):
+            return None
+        return CacheReplaced(f"{self.path!r} was replaced by another program while it was open: open the cache again")
+
     def check_memory(self) -> None:
         """Check, before a commit, that other processes still share memory with this connection.
 

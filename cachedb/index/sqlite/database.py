@@ -135,9 +135,11 @@ class Database:
         """Return whether a connection has the current files of the index open.
 
         Raises:
-            CacheReplaced: if the -wal or -shm was removed while it was open.
+            CacheReplaced: if the -wal or -shm was removed while it was open, or another program replaced the index.
         """
-        if connection.file != self.identify_file():
+        if connection.file != (found := self.identify_file()):
+            self.access.replaced = self.access.replaced or connection.find_swap(found)
+            self.access.check()
             return False
         if not connection.is_outdated():
             return True
