@@ -203,11 +203,10 @@ def ps(form: str) -> None:
     from cachedb.reports.sessions import list_sessions
 
     directory = cache_directory()
-    if is_ours(directory) and (directory / "locks").is_dir():
-        found = list_sessions(directory)  # works even if another program locks the index
-    else:
-        with open_cache() as cache:
-            found = cache.sessions()
+    if not is_ours(directory):
+        with open_cache():
+            pass  # raises if there is no cache, and gives a marker to a cache of an older release
+    found = list_sessions(directory)  # needs no index, which another program may have locked
     if form == "json":
         print_json(
             [{**session._asdict(), "doing": [activity._asdict() for activity in session.doing]} for session in found]

@@ -45,8 +45,10 @@ def list_sessions(directory: Path) -> list[SessionInfo]:
     """Return the processes that have a session or an activity, oldest first.
 
     Args:
-        directory: the cache directory.
+        directory: the cache directory; without its folder of locks, nobody uses it.
     """
+    if not (directory / "locks").exists():
+        return []
     with os_errors("read the locks"):
         live_sessions = _list_live_sessions(directory)
         rest = _list_activities(directory)

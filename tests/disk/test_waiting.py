@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import threading
@@ -376,3 +377,10 @@ def test_verbose_reports_that_cleaning_up_was_left_to_others(cachedb: Run, full:
         leave_behind(full)
         assert "the next process that opens the cache cleans up" in cachedb("--verbose", "ls").stderr
         assert cachedb("ls").stderr == ""
+
+
+def test_ps_lists_nothing_without_the_folder_of_locks(cachedb: Run, directory: Path) -> None:
+    Cache.open(directory).close()
+    shutil.rmtree(directory / "locks")
+    done = cachedb("ps", "--format", "json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
