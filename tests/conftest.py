@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -66,6 +67,16 @@ def index(cache: Cache) -> Iterator[Database]:
 def _hide_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hide the default cache of the user who runs the tests."""
     monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "default-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _restore_log() -> Iterator[None]:
+    """Undo what a command does to the library's log if it runs in the process of the tests."""
+    yield
+    logger = logging.getLogger("cachedb")
+    if not logger.propagate:
+        logger.propagate, logger.handlers = True, []
+        logger.setLevel(logging.NOTSET)
 
 
 Run = Callable[..., subprocess.CompletedProcess[Any]]

@@ -72,7 +72,8 @@ def test_a_file_system_shared_by_hosts_is_refused_before_anything_is_made(
 def test_a_fuse_file_system_without_a_subtype_is_recognized_by_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str | None
 ) -> None:
-    (tmp_path / "mountinfo").write_text(f"52 35 0:30 / {tmp_path} rw,nosuid - fuse {source} rw,user_id=0\n")
+    point = str(tmp_path).replace(" ", "\\040")
+    (tmp_path / "mountinfo").write_text(f"52 35 0:30 / {point} rw,nosuid - fuse {source} rw,user_id=0\n")
     monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "mountinfo")
     assert file_system.find_file_system_type(tmp_path) == (kind or "fuse")
     if kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def edit_with(tmp_path: Path, script: str) -> dict[str, str]:
     editor.write_text(f"#!/bin/sh\n{script}\n")
     editor.chmod(0o755)
     folder.mkdir(exist_ok=True)
-    return {**os.environ, "VISUAL": str(editor), "TMPDIR": str(folder)}
+    return {**os.environ, "VISUAL": shlex.quote(str(editor)), "TMPDIR": str(folder)}
 
 
 # prune: the options and the policy
@@ -374,7 +375,7 @@ def test_edit_installs_the_edited_copy(cache: Cache, cachedb: Run, tmp_path: Pat
 
 
 def test_edit_offers_a_template_that_changes_nothing_as_it_is(directory: Path, cachedb: Run, tmp_path: Path) -> None:
-    environment = edit_with(tmp_path, f'cp "$1" {tmp_path}/offered')
+    environment = edit_with(tmp_path, f'cp "$1" "{tmp_path}/offered"')
     done = cachedb("policy", "edit", env=environment)
     assert (done.returncode, done.stdout) == (0, "the policy is unchanged\n")
     assert not directory.exists()
@@ -409,7 +410,7 @@ def test_edit_keeps_the_policy_and_the_text_after_a_failure(
 
 def test_edit_does_not_overwrite_the_change_of_another_process(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
     path = cache.directory / POLICY_FILE
-    script = f'echo \'limits.max-size = "1GB"\' > {path}; echo \'limits.max-size = "2GB"\' > "$1"'
+    script = f'echo \'limits.max-size = "1GB"\' > "{path}"; echo \'limits.max-size = "2GB"\' > "$1"'
     done = cachedb("policy", "edit", env=edit_with(tmp_path, script))
     assert done.returncode == 1
     assert done.stderr.endswith("another process has changed policy.toml meanwhile: edit it again\n")

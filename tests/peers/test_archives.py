@@ -226,7 +226,9 @@ def test_skopeo_reads_an_export_as_an_ordinary_user(
     cache: Cache, ordinary_tools: Tools, open_folder: Path, form: Format, transport: str
 ) -> None:
     make.save(cache, "app:1", IMAGE)
-    place = f"{transport}:{export(cache, open_folder, form)}:app:1"
+    exported = export(cache, open_folder, form)
+    subprocess.run(["chmod", "-R", "go+rX", exported], check=True)  # whatever the umask
+    place = f"{transport}:{exported}:app:1"
     assert list_parts(ordinary_tools("skopeo", "inspect", "--raw", place))[0] == make.digest_of(IMAGE.config)
     if transport != "docker-archive":
         assert inspect_digest(ordinary_tools, place) == IMAGE.digest
