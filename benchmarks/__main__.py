@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import adopt, archives, many_images, registry, reports, start_up, stores, upgrade
+from benchmarks import adopt, archives, many_images, prune, registry, reports, start_up, stores, upgrade
 from benchmarks.machine import print_machine
 from benchmarks.plan import Plan
 
@@ -37,6 +37,7 @@ SECTIONS: dict[str, Callable[[Plan], None]] = {
     "collect": many_images.collect,
     "registry": registry.registry,
     "reports": reports.reports,
+    "prune": prune.prune,
     "upgrade": upgrade.upgrade,
     "adopt": adopt.adopt,
 }

@@ -64,7 +64,7 @@ with Cache.open(sys.argv[1]) as cache:
 """
 
 
-def _write_index(directory: Path, count: int) -> int:
+def write_index(directory: Path, count: int) -> int:
     """Write the rows of ``count`` images; return the number of blobs."""
     from cachedb import Cache
 
@@ -139,7 +139,7 @@ def _measure_rate(directory: Path, writers: int, length: float) -> float:
 def reports(plan: Plan) -> None:
     """Time every report, `df` and the HTML page, and compare writers alone, beside reports and a busy loop."""
     directory = plan.folder("reports") / "cache"
-    blobs = run_in_child(_write_index, directory, plan.images)
+    blobs = run_in_child(write_index, directory, plan.images)
     print(f"{plan.images} images, {blobs} blobs.\n")
     print_table(["report", "rows", "seconds"], run_in_child(_time_reports, directory))
     length = 2 if plan.quick else 10

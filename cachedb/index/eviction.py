@@ -2,30 +2,22 @@
 
 A blob dies with the last of the images that have it. So its bytes count for the image with the highest place among
 them. They count for none if one of these images stays, or if a hold or a process has a lease on the blob.
+
+`measure_blobs` reads all associations once. SQLite returns them in JSON arrays, because a row of a result costs ten
+times as much as a number in an array.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
+from itertools import repeat
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Connection,
-    Select,
-    and_,
-    bindparam,
-    case,
-    except_,
-    func,
-    literal,
-    or_,
-    select,
-)
+from sqlalchemy import CTE, ColumnElement, Connection, Select, bindparam, case, func, select
 
 from cachedb.index.holds import is_id
 from cachedb.index.lifetimes import is_expired, is_pinned
@@ -39,20 +31,20 @@ __all__ = [
     "IN_USE",
     "PINNED",
     "RECENT",
+    "BlobSizes",
+    "Details",
     "Mark",
-    "RankedImage",
+    "Ranking",
     "Rules",
     "are_among",
     "find_removable",
     "is_among_newest",
+    "measure_blobs",
     "rank_images",
     "read_contents",
+    "read_details",
     "read_mark",
-    "read_sizes",
-    "read_users",
-    "sum_kept",
     "sum_stored",
-    "sum_unleased_garbage",
 ]
 
 
@@ -61,8 +53,14 @@ PINNED, HELD, IN_USE, RECENT = -3, -2, -1, 0
 EXPIRED = 0
 """The rule that removes images whose lifetime has ended; it comes before the rules of a policy."""
 
-_NEVER: Final = 1 << 62  # the place of an image that stays
 _UNKEPT: Final = 1 << 32  # more than the number of any rule
+
+# Instead of the place of an image, for blobs that no removal frees. Images that stay come after all others.
+_STAYS: Final = 1 << 61  # minus the number of what keeps the image, so that the first of several comes last
+_LEASED: Final = 1 << 60
+_UNUSED: Final = -1
+
+_BATCH_BLOBS: Final = 50_000  # whose associations are read at a time
 
 
 class Rules(NamedTuple):
@@ -82,16 +80,35 @@ class Mark(NamedTuple):
     rule: int | None  # the number of the first rule that removes it, from 1, or `EXPIRED`
 
 
-class RankedImage(NamedTuple):
-    """An image that can be removed, in the order of removal."""
+class Ranking(NamedTuple):
+    """The images that can be removed in their order: those that a rule removes, then the least recently used."""
 
-    id: int
+    ids: list[int]
+    rules: list[int | None]  # for each, the number of the first rule that removes it, from 1
+    kept: dict[int, int]  # the other images, by id, with what keeps them: see `Mark`
+
+
+class BlobSizes(NamedTuple):
+    """The bytes of all stored blobs, each counted once."""
+
+    freed: list[int]  # for each place of a ranking, by the removal of its image after those before it
+    kept: dict[int, int]  # that no removal frees, by what keeps them: see `Mark`
+    garbage: int  # that no image has, and on which no live session or hold has a lease
+    last_places: dict[int, int]  # of the blobs that several images have
+
+    @property
+    def stored(self) -> int:
+        """All of them."""
+        return sum(self.freed) + sum(self.kept.values()) + self.garbage
+
+
+class Details(NamedTuple):
+    """What a plan says of an image."""
+
     name: Name
     digest: Digest
     last_used_at: datetime
-    rule: int | None  # None: only a limit removes it
-    freed_size: int  # bytes that its removal frees, after the removals before it
-    total_freed_size: int  # bytes that all removals up to and with it free
+    size: int  # bytes of its blobs, as `ImageInfo.size` counts them
 
 
 # Conditions
@@ -144,71 +161,20 @@ def _mark(rules: Rules) -> CTE:
     return marked.cte("marked").prefix_with("MATERIALIZED")
 
 
-def rank_images(connection: Connection, rules: Rules, needed_size: int) -> list[RankedImage]:
-    """Return the images to remove in their order: those that a rule removes, then the least recently used.
-
-    Images that no rule removes follow only until all removals free the needed bytes.
-
-    Args:
-        connection: to the index.
-        rules: what keeps and removes images.
-        needed_size: bytes to free; 0 removes only what rules remove.
-    """
+def rank_images(connection: Connection, rules: Rules) -> Ranking:
+    """Return the images that can be removed, in their order."""
     marked = _mark(rules)
-    is_candidate: ColumnElement[bool] = marked.c.kept_by.is_(None)
-    if needed_size <= 0:
-        is_candidate = and_(is_candidate, marked.c.rule.is_not(None))
-    order = [is_candidate.desc(), func.coalesce(marked.c.rule, _UNKEPT), marked.c.last_used_at, marked.c.id]
-    place = case((is_candidate, func.row_number().over(order_by=order)), else_=literal(_NEVER))
-    ranked = select(marked.c.id, marked.c.rule, place.label("place")).cte("ranked").prefix_with("MATERIALIZED")
-    deaths = (
-        select(IMAGE_BLOBS.c.blob_id, func.max(ranked.c.place).label("place"))
-        .select_from(IMAGE_BLOBS.join(ranked, ranked.c.id == IMAGE_BLOBS.c.image_id))
-        .group_by(IMAGE_BLOBS.c.blob_id)
-        .having(func.max(ranked.c.place) < _NEVER)
-        .subquery("deaths")
-    )
-    freed = (
-        select(deaths.c.place, func.sum(BLOBS.c.size).label("size"))
-        .select_from(deaths.join(BLOBS, BLOBS.c.id == deaths.c.blob_id))
-        .where(BLOBS.c.stored_at.is_not(None), BLOBS.c.id.not_in(_select_leased_ids(rules)))
-        .group_by(deaths.c.place)
-        .cte("freed")
-        .prefix_with("MATERIALIZED")
-    )
-    size = func.coalesce(freed.c.size, 0)
-    running = (
-        select(
-            ranked.c.id,
-            ranked.c.rule,
-            ranked.c.place,
-            size.label("size"),
-            func.sum(size).over(order_by=ranked.c.place).label("total"),
-        )
-        .select_from(ranked.outerjoin(freed, freed.c.place == ranked.c.place))
-        .where(ranked.c.place < _NEVER)
-        .subquery("running")
-    )
-    query = (
-        select(
-            running.c.id,
-            IMAGES.c.repository,
-            IMAGES.c.reference,
-            BLOBS.c.digest,
-            IMAGES.c.last_used_at,
-            running.c.rule,
-            running.c.size,
-            running.c.total,
-        )
-        .join(IMAGES, IMAGES.c.id == running.c.id)
-        .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
-        .where(or_(running.c.rule.is_not(None), running.c.total - running.c.size < needed_size))
-        .order_by(running.c.place)
-    )
-    return [
-        RankedImage(image_id, Name(repository, reference), Digest(digest), *rest)
-        for image_id, repository, reference, digest, *rest in connection.execute(query)
-    ]
+    order = func.coalesce(marked.c.rule, _UNKEPT), marked.c.last_used_at, marked.c.id
+    ranking = Ranking([], [], {})
+    for image_id, kept_by, rule in connection.execute(
+        select(marked.c.id, marked.c.kept_by, marked.c.rule).order_by(*order)
+    ).all():
+        if kept_by is None:
+            ranking.ids.append(image_id)
+            ranking.rules.append(rule)
+        else:
+            ranking.kept[image_id] = kept_by
+    return ranking
 
 
 def read_mark(connection: Connection, rules: Rules, image_id: int) -> Mark:
@@ -218,7 +184,69 @@ def read_mark(connection: Connection, rules: Rules, image_id: int) -> Mark:
     return Mark(*connection.execute(query).one())
 
 
-# Contents
+# Blobs
+
+
+def measure_blobs(connection: Connection, rules: Rules, ranking: Ranking) -> BlobSizes:
+    """Return the bytes that removals in the order of a ranking free, and those that stay.
+
+    A blob that several kept images have counts for the first of what keeps them. The blobs that only leases keep count
+    as held.
+    """
+    places = {image_id: _STAYS - kept_by for image_id, kept_by in ranking.kept.items()}
+    places.update((image_id, place) for place, image_id in enumerate(ranking.ids))
+    leased = set(connection.execute(_select_leased_ids(rules)).scalars())
+    sizes, last_places = defaultdict[int, int](int), dict[int, int]()
+    for stored_sizes, blob_ids, image_ids in _read_associations(connection):
+        last = dict.fromkeys(leased.intersection(stored_sizes), _LEASED)
+        shared = set()
+        # A collection does not free a blob that an image without a row has, in a damaged index.
+        for blob_id, place in zip(blob_ids, map(places.get, image_ids, repeat(_LEASED)), strict=True):
+            if blob_id not in last:
+                last[blob_id] = place
+            else:
+                shared.add(blob_id)
+                if place > last[blob_id]:
+                    last[blob_id] = place
+        for place, size in zip(map(last.get, stored_sizes, repeat(_UNUSED)), stored_sizes.values(), strict=True):
+            sizes[place] += size
+        last_places.update((blob_id, last[blob_id]) for blob_id in shared)
+    freed = [sizes.pop(place, 0) for place in range(len(ranking.ids))]
+    garbage, leased_size = sizes.pop(_UNUSED, 0), sizes.pop(_LEASED, 0)
+    kept = {_STAYS - place: size for place, size in sizes.items()}
+    if leased_size:
+        kept[HELD] = kept.get(HELD, 0) + leased_size
+    return BlobSizes(freed, kept, garbage, last_places)
+
+
+def _read_associations(connection: Connection) -> Iterator[tuple[dict[int, int], list[int], list[int]]]:
+    """Yield the sizes of some stored blobs, the ids of these and other blobs, and for each an image that has it."""
+    after = -1
+    while True:
+        blobs = connection.execute(_select_blobs(), {"after": after}).one()
+        if blobs.last is None:
+            return
+        stored_sizes = dict(zip(json.loads(blobs.ids), json.loads(blobs.sizes), strict=True))
+        found = connection.execute(_select_associations(), {"after": after, "last": blobs.last}).one()
+        yield stored_sizes, json.loads(found.blob_ids), json.loads(found.image_ids)
+        after = blobs.last
+
+
+@cache
+def _select_blobs() -> Select[*tuple[Any, ...]]:
+    stored = select(BLOBS.c.id, BLOBS.c.size).where(BLOBS.c.id > bindparam("after"), BLOBS.c.stored_at.is_not(None))
+    some = stored.order_by(BLOBS.c.id).limit(_BATCH_BLOBS).subquery()
+    ids, sizes = func.json_group_array(some.c.id), func.json_group_array(some.c.size)
+    return select(ids.label("ids"), sizes.label("sizes"), func.max(some.c.id).label("last"))
+
+
+@cache
+def _select_associations() -> Select[*tuple[Any, ...]]:
+    # The index of the associations by blob has both columns.
+    return select(
+        func.json_group_array(IMAGE_BLOBS.c.blob_id).label("blob_ids"),
+        func.json_group_array(IMAGE_BLOBS.c.image_id).label("image_ids"),
+    ).where(IMAGE_BLOBS.c.blob_id > bindparam("after"), IMAGE_BLOBS.c.blob_id <= bindparam("last"))
 
 
 def read_contents(connection: Connection, rules: Rules, image_ids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
@@ -236,18 +264,20 @@ def read_contents(connection: Connection, rules: Rules, image_ids: Iterable[int]
     yield from connection.execute(query)
 
 
-def read_users(connection: Connection, blob_ids: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield the ids of blobs, each with the id of an image that has it."""
-    query = select(IMAGE_BLOBS.c.blob_id, IMAGE_BLOBS.c.image_id).where(are_among(IMAGE_BLOBS.c.blob_id, blob_ids))
-    yield from connection.execute(query)
-
-
-def read_sizes(connection: Connection, image_ids: Iterable[int]) -> dict[int, int]:
-    """Return the bytes of the blobs of each image, as `ImageInfo.size` counts them."""
-    wanted = func.json_each(json.dumps(sorted(image_ids))).table_valued("value")
-    contents = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == wanted.c.value).correlate(wanted)
-    size = select(func.sum(BLOBS.c.size)).where(BLOBS.c.id.in_(contents)).correlate(wanted).scalar_subquery()
-    return {image_id: size or 0 for image_id, size in connection.execute(select(wanted.c.value, size))}
+def read_details(connection: Connection, image_ids: Iterable[int]) -> dict[int, Details]:
+    """Return the details of images, by id."""
+    contents = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == IMAGES.c.id).correlate(IMAGES)
+    manifest = BLOBS.alias()
+    size = select(func.sum(BLOBS.c.size)).where(BLOBS.c.id.in_(contents)).correlate(IMAGES).scalar_subquery()
+    query = (
+        select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference, manifest.c.digest, IMAGES.c.last_used_at, size)
+        .join(manifest, manifest.c.id == IMAGES.c.manifest_id)
+        .where(are_among(IMAGES.c.id, image_ids))
+    )
+    return {
+        image_id: Details(Name(repository, reference), Digest(digest), last_used_at, size or 0)
+        for image_id, repository, reference, digest, last_used_at, size in connection.execute(query).all()
+    }
 
 
 # Sums
@@ -257,41 +287,6 @@ def sum_stored(connection: Connection) -> int:
     """Return the bytes of all stored blobs."""
     query = select(func.coalesce(func.sum(BLOBS.c.size), 0)).where(BLOBS.c.stored_at.is_not(None))
     return int(connection.execute(query).scalar_one())
-
-
-def sum_unleased_garbage(connection: Connection, rules: Rules) -> int:
-    """Return the bytes of the stored blobs that no image has and no live session or hold has a lease on."""
-    # Both indexes are ordered by id, so SQLite reads each of them once from end to end.
-    unused = except_(select(BLOBS.c.id.label("id")), select(IMAGE_BLOBS.c.blob_id)).order_by("id").subquery()
-    query = (
-        select(func.coalesce(func.sum(BLOBS.c.size), 0))
-        .select_from(unused.join(BLOBS, BLOBS.c.id == unused.c.id))
-        .where(BLOBS.c.stored_at.is_not(None), BLOBS.c.id.not_in(_select_leased_ids(rules)))
-    )
-    return int(connection.execute(query).scalar_one())
-
-
-def sum_kept(connection: Connection, rules: Rules) -> dict[int, int]:
-    """Return the bytes of stored blobs that stay when all images are removed that can be, by what keeps them.
-
-    A blob that several kept images have counts once, for the first of what keeps them. `HELD` has the leased blobs of
-    no kept image, too.
-    """
-    marked, leased = _mark(rules), _select_leased_ids(rules)
-    kept_by = (
-        select(IMAGE_BLOBS.c.blob_id, func.min(marked.c.kept_by).label("kept_by"))
-        .select_from(IMAGE_BLOBS.outerjoin(marked, marked.c.id == IMAGE_BLOBS.c.image_id))
-        .group_by(IMAGE_BLOBS.c.blob_id)
-        .subquery()
-    )
-    reason = func.coalesce(kept_by.c.kept_by, HELD)
-    query = (
-        select(reason, func.sum(BLOBS.c.size))
-        .select_from(BLOBS.outerjoin(kept_by, kept_by.c.blob_id == BLOBS.c.id))
-        .where(BLOBS.c.stored_at.is_not(None), or_(kept_by.c.kept_by.is_not(None), BLOBS.c.id.in_(leased)))
-        .group_by(reason)
-    )
-    return {int(number): int(size) for number, size in connection.execute(query)}
 
 
 # Removing

@@ -14,13 +14,13 @@ from sqlalchemy import select
 
 from cachedb.disk.sizes import measure_file_system, measure_files
 from cachedb.index import eviction, images
-from cachedb.index.eviction import RankedImage
+from cachedb.index.eviction import Details
 from cachedb.index.filters import complete_name
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import IMAGES
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
-from cachedb.operations.least import choose_least
+from cachedb.operations.least import ChosenImage, choose_least
 from cachedb.operations.policy import Limits, Policy
 from cachedb.operations.rules import RECENT_SECONDS, build_rules, run_queries
 from cachedb.text import format_size
@@ -115,19 +115,19 @@ def make_plan(
     files = measure_files(database.directory)
     with database.read() as connection:
         rules = build_rules(connection, database, policy, answers, spared)
-        garbage_sizes = {"reclaimable": eviction.sum_unleased_garbage(connection, rules), **files.freed}
-        total_size = eviction.sum_stored(connection) + files.total_size
+        ranking = eviction.rank_images(connection, rules)
+        sizes = eviction.measure_blobs(connection, rules, ranking)
+        garbage_sizes = {"reclaimable": sizes.garbage, **files.freed}
+        total_size = sizes.stored + files.total_size
         limit, needed_size = _find_need(database, policy.limits, total_size, incoming_size, to_free)
         image_size = max(0, needed_size - sum(garbage_sizes.values()))  # to free by removing images
-        ranked = eviction.rank_images(connection, rules, image_size)
-        chosen = choose_least(connection, rules, ranked, image_size)
-        sizes = eviction.read_sizes(connection, [image.id for image in chosen])
-        planned = list(_describe(chosen, sizes, limit))
-        freed_size = planned[-1].total_freed_size if planned else 0
-        kept_sizes: dict[str, int] = {}
-        if freed_size < image_size:
-            kept_sizes = {_name_reason(number): size for number, size in eviction.sum_kept(connection, rules).items()}
-            kept_sizes |= files.kept
+        chosen = choose_least(connection, rules, ranking, sizes, image_size)
+        details = eviction.read_details(connection, [image.id for image in chosen])
+    planned = list(_describe(chosen, details, limit))
+    freed_size = planned[-1].total_freed_size if planned else 0
+    kept_sizes: dict[str, int] = {}
+    if freed_size < image_size:
+        kept_sizes = {_name_reason(number): size for number, size in sizes.kept.items()} | files.kept
     return Plan(planned, freed_size, needed_size, garbage_sizes, kept_sizes)
 
 
@@ -145,13 +145,10 @@ def _find_need(
     return limit, max(0, needs[limit])
 
 
-def _describe(chosen: Iterable[RankedImage], sizes: Mapping[int, int], limit: str) -> Iterator[PlannedImage]:
+def _describe(chosen: Iterable[ChosenImage], details: Mapping[int, Details], limit: str) -> Iterator[PlannedImage]:
     for image in chosen:
         rule = _name_rule(image.rule) or limit
-        size = sizes.get(image.id, 0)
-        yield PlannedImage(
-            image.name, image.digest, image.last_used_at, size, image.freed_size, image.total_freed_size, rule
-        )
+        yield PlannedImage(*details[image.id], image.freed_size, image.total_freed_size, rule)
 
 
 def _name_reason(number: int) -> str:

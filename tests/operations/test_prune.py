@@ -32,6 +32,7 @@ from cachedb import (
 )
 from cachedb.disk import single_flight
 from cachedb.disk.sizes import FileSystem, measure_files
+from cachedb.index import eviction
 from cachedb.oci.manifests import OCI_LAYER, OCI_MANIFEST
 from cachedb.operations import least, prune
 from cachedb.operations.plan import explain_missing
@@ -255,6 +256,26 @@ def test_a_blob_of_an_image_that_stays_and_an_absent_blob_are_not_counted_as_fre
     assert [(str(image.name), image.freed_size, image.total_freed_size) for image in plan.images] == [
         ("app:2", 101, 101)
     ]  # fmt: skip
+
+
+def test_a_blob_of_an_image_outside_of_the_plan_may_be_lost_to_an_image_that_stays(rows_only: Cache) -> None:
+    # The first three images free 1, 21 and 81 bytes. The layer of 50 bytes is also in the last, which stays anyway.
+    write_rows(rows_only.directory, [[0], [1], [2], [0]], [50, 20, 80, 0, 0, 0, 0, 0, 0, 0], set())
+    assert names_of(rows_only.plan_prune(to_free=102)) == ["app:1", "app:2"]
+
+
+def test_a_plan_counts_the_blobs_of_every_batch(rows_only: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, sizes = [[0, 9], [9], [5, 3]], [10, 0, 0, 3, 0, 60, 0, 0, 0, 90]
+    write_rows(rows_only.directory, images, sizes, {5})
+    expected = rows_only.plan_prune(to_free=1 << 40)
+    monkeypatch.setattr(eviction, "_BATCH_BLOBS", 1)
+    eviction._select_blobs.cache_clear()
+    try:
+        assert rows_only.plan_prune(to_free=1 << 40) == expected
+    finally:
+        eviction._select_blobs.cache_clear()
+    assert [image.freed_size for image in expected.images] == [11, 91, 1]
+    assert expected.kept_sizes["held"] == 60
 
 
 # What is kept
@@ -584,9 +605,11 @@ def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
     cache.pin("pinned:1")
     held_blob = make.layer(103)
     cache.add_hold(make.digest_of(held_blob))
+    cache.tag("keep/a:1", "also/a:1")  # its blobs count for the first rule
+    age(cache, "last_used_at", "also/a:1", days=1)
     age(cache, "last_used_at", "recent:1", minutes=1)
     sizes = {str(image.name): image.size for image in cache.list_manifests()}
-    plan = cache.plan_prune(Policy(keep=(Keep(names=("keep/*",)),)), to_free=1 << 40)
+    plan = cache.plan_prune(Policy(keep=(Keep(names=("keep/*",)), Keep(names=("also/*",)))), to_free=1 << 40)
     assert names_of(plan) == ["gone:1"]
     assert plan.freed_size == sizes["gone:1"] - len(held_blob)
     assert plan.missing_size == (1 << 40) - plan.freed_size
