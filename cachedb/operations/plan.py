@@ -10,14 +10,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import Connection
 
-from cachedb.disk.sizes import measure_file_system, measure_files
+from cachedb.disk.sizes import FileSizes, measure_file_system, measure_files
 from cachedb.index import eviction, images
-from cachedb.index.eviction import Details
+from cachedb.index.eviction import Details, Rules
 from cachedb.index.filters import complete_name
 from cachedb.index.sqlite.database import Database
-from cachedb.index.tables import IMAGES
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.operations.least import ChosenImage, choose_least
@@ -111,19 +110,29 @@ def make_plan(
         InvalidQuery: if the query of a rule is invalid.
         CacheError: if the query of a rule takes too long.
     """
-    answers = run_queries(database, policy)
-    files = measure_files(database.directory)
+    answers, files = run_queries(database, policy), measure_files(database.directory)
     with database.read() as connection:
         rules = build_rules(connection, database, policy, answers, spared)
-        ranking = eviction.rank_images(connection, rules)
-        sizes = eviction.measure_blobs(connection, rules, ranking)
-        garbage_sizes = {"reclaimable": sizes.garbage, **files.freed}
-        total_size = sizes.stored + files.total_size
-        limit, needed_size = _find_need(database, policy.limits, total_size, incoming_size, to_free)
-        image_size = max(0, needed_size - sum(garbage_sizes.values()))  # to free by removing images
-        chosen = choose_least(connection, rules, ranking, sizes, image_size)
-        details = eviction.read_details(connection, [image.id for image in chosen])
-    planned = list(_describe(chosen, details, limit))
+        return _make_plan(connection, database, rules, policy.limits, files, to_free, incoming_size)
+
+
+def _make_plan(
+    connection: Connection,
+    database: Database,
+    rules: Rules,
+    limits: Limits,
+    files: FileSizes,
+    to_free: int | None,
+    incoming_size: int = 0,
+) -> Plan:
+    ranking = eviction.rank_images(connection, rules)
+    sizes = eviction.measure_blobs(connection, rules, ranking)
+    garbage_sizes = {"reclaimable": sizes.garbage, **files.freed}
+    total_size = sizes.stored + files.total_size
+    limit, needed_size = _find_need(database, limits, total_size, incoming_size, to_free)
+    image_size = max(0, needed_size - sum(garbage_sizes.values()))  # to free by removing images
+    chosen = choose_least(connection, rules, ranking, sizes, image_size)
+    planned = list(_describe(chosen, eviction.read_details(connection, [image.id for image in chosen]), limit))
     freed_size = planned[-1].total_freed_size if planned else 0
     kept_sizes: dict[str, int] = {}
     if freed_size < image_size:
@@ -187,17 +196,16 @@ def explain(database: Database, policy: Policy, name: str | Name, *, to_free: in
     Raises:
         NotInCache: if there is no such image.
     """
-    answers = run_queries(database, policy)
+    answers, files = run_queries(database, policy), measure_files(database.directory)
+    planned = None
     with database.read() as connection:
         found = complete_name(connection, name)
         row = images.find(connection, found, exact=True)
         rules = build_rules(connection, database, policy, answers)
         mark = eviction.read_mark(connection, rules, row.id)
-        query = select(IMAGES.c.last_used_at).where(IMAGES.c.id == row.id)
-        last_used_at = connection.execute(query).scalar_one()
-    planned = None
-    if mark.kept_by is None:
-        plan = make_plan(database, policy, to_free=to_free)
-        planned = next((image for image in plan.images if image.name == found), None)
+        details = eviction.read_details(connection, [row.id])[row.id]
+        if mark.kept_by is None:
+            plan = _make_plan(connection, database, rules, policy.limits, files, to_free)
+            planned = next((image for image in plan.images if image.name == found), None)
     kept_by = None if mark.kept_by is None else _name_reason(mark.kept_by)
-    return Explanation(found, row.digest, last_used_at, kept_by, _name_rule(mark.rule), planned)
+    return Explanation(found, details.digest, details.last_used_at, kept_by, _name_rule(mark.rule), planned)

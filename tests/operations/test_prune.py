@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Connection
 
 from cachedb import (
     Busy,
@@ -677,6 +678,21 @@ def test_an_explanation_says_what_keeps_an_image_or_what_removes_it(cache: Cache
     }
     with pytest.raises(NotInCache):
         cache.explain_prune("nope:1", policy)
+
+
+def test_an_explanation_and_its_plan_are_of_one_moment(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_old(cache, "app:1")
+    read_mark = eviction.read_mark
+
+    def read_and_remove(connection: Connection, rules: eviction.Rules, image_id: int) -> eviction.Mark:
+        mark = read_mark(connection, rules, image_id)
+        with Cache.open(cache.directory) as other:
+            other.remove_manifest("app:1")
+        return mark
+
+    monkeypatch.setattr(eviction, "read_mark", read_and_remove)
+    assert cache.explain_prune("app:1", ALL).planned is not None
+    assert cache.list_names() == []
 
 
 # Applying
