@@ -129,8 +129,11 @@ def _build_trash_delete() -> Delete:
 
 def sum_unreferenced(connection: Connection) -> Collected:
     """Return how many blobs and bytes a full collection would free now."""
-    totals = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
-        *_UNREFERENCED, BLOBS.c.stored_at.is_not(None)
+    unreferenced = _select_candidates().subquery()
+    totals = (
+        select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0))
+        .select_from(unreferenced.join(BLOBS, BLOBS.c.id == unreferenced.c.id))
+        .where(BLOBS.c.stored_at.is_not(None))
     )
     return Collected(*connection.execute(totals).one())
 

@@ -21,6 +21,7 @@ from sqlalchemy import CTE, ColumnElement, Connection, Select, bindparam, case, 
 
 from cachedb.index.holds import is_id
 from cachedb.index.lifetimes import is_expired, is_pinned
+from cachedb.index.sqlite.batches import are_among
 from cachedb.index.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
@@ -36,7 +37,6 @@ __all__ = [
     "Mark",
     "Ranking",
     "Rules",
-    "are_among",
     "find_removable",
     "is_among_newest",
     "measure_blobs",
@@ -112,11 +112,6 @@ class Details(NamedTuple):
 
 
 # Conditions
-
-
-def are_among(column: ColumnElement[Any], values: Iterable[object]) -> ColumnElement[bool]:
-    """Return the condition that a column has one of the values; there may be any number of them."""
-    return column.in_(select(func.json_each(json.dumps(list(values))).table_valued("value").c.value))
 
 
 def is_among_newest(count: int, conditions: Sequence[ColumnElement[bool]]) -> ColumnElement[bool]:

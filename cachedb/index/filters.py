@@ -18,6 +18,7 @@ from cachedb.errors import InvalidQuery, NotInCache
 from cachedb.index.blobs import ambiguous_error, starts_with
 from cachedb.index.images import find
 from cachedb.index.lifetimes import is_expired, is_pinned
+from cachedb.index.sqlite.batches import are_among
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGE_PLATFORMS, IMAGES
 from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
@@ -300,8 +301,7 @@ def _is_wanted(
         if not is_pattern(text)
     )
     ids = [image.id for image in found if image]
-    # Ids become part of the statement, because SQLite limits the number of parameters.
-    return or_(*matches, IMAGES.c.id.in_([literal(row_id, literal_execute=True) for row_id in ids]))
+    return or_(*matches, are_among(IMAGES.c.id, ids))
 
 
 def _find_named(connection: Connection, text: str | Name, *, exact: bool, ignore_missing: bool) -> FoundImage | None:

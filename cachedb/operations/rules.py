@@ -16,6 +16,7 @@ from cachedb.errors import InvalidPolicy
 from cachedb.index import eviction, holds, images
 from cachedb.index.eviction import Rules
 from cachedb.index.filters import Filters, build_conditions, is_like, is_pattern, is_repository_like, subtract_seconds
+from cachedb.index.sqlite.batches import are_among
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import run_query
 from cachedb.index.tables import IMAGES
@@ -105,7 +106,7 @@ def _build_rule(
         conditions.append(is_repository_like(rule.repository))
     if rule.sql is not None:
         ids = [known[name] for name in answers[rule.sql] if name in known]
-        conditions.append(eviction.are_among(IMAGES.c.id, ids))
+        conditions.append(are_among(IMAGES.c.id, ids))
     if isinstance(rule, Remove):
         if rule.added_before is not None:
             conditions.append(IMAGES.c.added_at <= subtract_seconds(rule.added_before))
@@ -124,7 +125,7 @@ def _build_rule(
 def _build_name_condition(text: str, known: Mapping[str, int]) -> ColumnElement[bool]:
     if text.startswith(EXPRESSION):
         expression = re.compile(text.removeprefix(EXPRESSION))
-        return eviction.are_among(IMAGES.c.id, [row_id for name, row_id in known.items() if expression.search(name)])
+        return are_among(IMAGES.c.id, [row_id for name, row_id in known.items() if expression.search(name)])
     if is_pattern(text):
         return is_like(text)
     name = Name.parse(text)
