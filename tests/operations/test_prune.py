@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,7 @@ def fill(cache: Cache, images: list[Image]) -> list[str]:
     st.sets(st.integers(0, 5)),
     st.sets(st.integers(0, 5), max_size=2),
     st.sets(st.integers(0, 5), max_size=2),
+    st.sets(st.integers(0, 5), max_size=2),
     st.sets(st.integers(0, 5)),
     st.integers(1, 60_000),
     st.booleans(),
@@ -104,14 +105,24 @@ def fill(cache: Cache, images: list[Image]) -> list[str]:
 def test_a_prune_frees_exactly_the_bytes_of_its_plan(
     images: list[Image],
     held: set[int],
+    leased: set[int],
     pinned: set[int],
     expired: set[int],
     removed: set[int],
     to_free: int,
     has_garbage: bool,
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder, Cache.open(Path(folder) / "cache") as cache:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Cache.open(Path(folder) / "cache") as cache,
+        Cache.open(cache.directory) as user,
+        ExitStack() as leases,
+    ):
         names = fill(cache, images)
+        for number in leased:
+            if number < len(names):
+                leases.enter_context(user.hold(names[number]))
+                age(cache, "last_used_at", names[number], days=1)
         for number in held:
             if number < len(names):
                 cache.add_hold(names[number])
