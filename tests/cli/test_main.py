@@ -30,7 +30,7 @@ from tests.support import make
 MADE = make.image(1, 2, compression="gzip")
 IMAGE_KEYS = [
     "name", "repository", "reference", "digest", "media_type", "size", "complete", "added_at", "last_used_at",
-    "architecture", "os", "variant", "created", "author", "platform", "created_at",
+    "architecture", "os", "variant", "created", "author", "pinned", "expires_at", "platform", "created_at",
 ]  # fmt: skip
 BLOB_KEYS = [
     "digest", "size", "role", "media_type", "position", "stored", "compressed", "path", "diff_id", "created_by",
