@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachedb.disk import marker
-from cachedb.errors import CacheReplaced, NotOurs
+from cachedb.errors import CacheReplaced, NotOurs, os_errors
 
 __all__ = [
     "BLOB_FOLDERS",
@@ -59,7 +59,8 @@ class OpenFolder:
             folder: the descriptor, which the caller may close.
         """
         self.descriptor = os.dup(folder)
-        weakref.finalize(self, os.close, self.descriptor)
+        status = os.fstat(folder)
+        weakref.finalize(self, _close, self.descriptor, (status.st_dev, status.st_ino))
 
 
 class Folders:
@@ -73,8 +74,8 @@ class Folders:
         """
         self.directory = directory
         self.root = os.open(directory, _OPEN_FOLDER)
-        weakref.finalize(self, os.close, self.root)
         self.status = os.fstat(self.root)
+        weakref.finalize(self, _close, self.root, (self.status.st_dev, self.status.st_ino))
         self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
         """Whether the cache may be a copy, made file by file, that nobody has checked yet."""
@@ -166,7 +167,9 @@ class Folders:
                 f"the cache directory {str(self.directory)!r} was moved, removed or replaced while it was open: "
                 "open the cache again"
             )
-        if self._marker is None or marker.marker_identity(self.root) == self._marker[0]:
+        with os_errors("use the cache directory"):  # a program may have closed our descriptor
+            identity = marker.marker_identity(self.root)
+        if self._marker is None or identity == self._marker[0]:
             return
         found = marker.read(self.root)
         if found is None or found.id != self._marker[1]:
@@ -268,6 +271,14 @@ class Folders:
 
     def _path(self, name: str) -> str:
         return f"{self.directory}/{name}"
+
+
+def _close(folder: int, identity: tuple[int, int]) -> None:
+    """Close a folder, unless a program has closed all descriptors, and this one is another file now."""
+    with suppress(OSError):
+        status = os.fstat(folder)
+        if (status.st_dev, status.st_ino) == identity:
+            os.close(folder)
 
 
 def set_aside(folder: int, name: str) -> None:

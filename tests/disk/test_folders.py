@@ -611,3 +611,23 @@ def test_a_write_whose_lock_file_was_removed_is_rolled_back(cache: Cache, index:
         lose_the_lock()
     assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
     cache.tag("app:1", "app:2")
+
+
+@pytest.mark.parametrize("is_reused", [False, True])
+def test_a_descriptor_that_the_program_has_closed_is_an_error_and_is_not_closed_again(
+    cache: Cache, tmp_path: Path, is_reused: bool
+) -> None:
+    """A daemon may close all descriptors that it inherits."""
+    save(cache, "app:1", APP)
+    folders = cache._database.folders
+    root = folders.root
+    os.close(root)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT) if is_reused else None
+    assert other in (None, root)
+    with pytest.raises(CacheError, match=r"cannot use the cache directory: (Bad file descriptor|Not a directory)"):
+        cache.tag("app:1", "app:2")
+    cache.close()
+    del folders
+    if other is not None:
+        assert os.fstat(other).st_ino == (tmp_path / "other").stat().st_ino
+        os.close(other)

@@ -198,10 +198,7 @@ class Database:
 
     @contextmanager
     def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
-        """Begin a read transaction whose first read is ``first``.
-
-        It works as `entered`, in half the time.
-        """
+        """Begin a read transaction whose first read is ``first``, as `entered` does, in half the time."""
         wait: Wait | None = None
         while True:
             with forks.no_fork():
@@ -469,6 +466,8 @@ class Database:
         error = context.original_exception
         if isinstance(error, FAILURES) and not isinstance(error, sqlite3.IntegrityError):
             raise translate(error, self.path, self.directory) from error
+        if isinstance(error, Exception) and not isinstance(error, sqlite3.Error):
+            raise error  # from a signal handler: SQLAlchemy would wrap it as an error of the statement
 
     def only_read(self, error: StorageError) -> bool:
         """Switch to reading only, without new files, if the error is a full disk and there is an index.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
+from sqlalchemy import Column, Dialect, MetaData, Table, Text, TypeDecorator, bindparam, insert, literal, select
 
 from cachedb import Cache, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import locks, turns
@@ -840,3 +840,20 @@ def test_a_deleted_working_directory_is_reported(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "'relative' is relative to a working directory that was deleted: change to another one" in done.stderr
+
+
+def test_an_error_of_a_signal_handler_is_not_wrapped_as_an_error_of_the_statement(index: Database) -> None:
+    """SQLAlchemy wraps what is raised while it prepares a statement."""
+
+    class Interrupted(Exception):
+        pass
+
+    class Interrupting(TypeDecorator[str]):
+        impl = Text
+        cache_ok = True
+
+        def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+            raise Interrupted
+
+    with index.read() as connection, pytest.raises(Interrupted):
+        connection.execute(select(literal("x", Interrupting())))
