@@ -46,6 +46,7 @@ __all__ = [
     "TEXT_LIMIT",
     "TRASH",
     "UtcTime",
+    "format_time",
 ]
 
 

@@ -338,7 +338,7 @@ def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, dire
         assert cachedb("--dir", there, "ls", "-q").stdout == "app:1\n"
         done = cachedb("--dir", there, "tag", "app:1", "app:2")
         assert done.returncode == 1
-        assert "has 2 hard links, so the cache shares it with a copy" in done.stderr
+        assert "has 2 hard links, so a copy (`cp -al`, rsnapshot) shares this file" in done.stderr
         assert "`cachedb copy` makes one of its own" in done.stderr
         assert cachedb("--dir", there, "gc").returncode == 1
     assert cachedb("copy", tmp_path / "own").returncode == 0

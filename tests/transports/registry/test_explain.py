@@ -38,7 +38,7 @@ def test_a_redirect_target_that_is_down_is_named(cache: Cache, remote: Registry)
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(403, r"refuses blob .*\(403\): its link may have expired"), (404, "has no blob"), (503, "is overloaded")],
+    [(403, r"refuses blob .*\(403\): the link may have expired"), (404, "has no blob"), (503, "is overloaded")],
 )
 def test_a_redirect_target_that_refuses_is_named(cache: Cache, remote: Registry, status: int, message: str) -> None:
     with Server() as store:
