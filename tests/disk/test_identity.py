@@ -339,7 +339,7 @@ def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, dire
         done = cachedb("--dir", there, "tag", "app:1", "app:2")
         assert done.returncode == 1
         assert "has 2 hard links, so a copy (`cp -al`, rsnapshot) shares this file" in done.stderr
-        assert "`cachedb copy` makes one of its own" in done.stderr
+        assert "make another with `cachedb copy`" in done.stderr
         assert cachedb("--dir", there, "gc").returncode == 1
     assert cachedb("copy", tmp_path / "own").returncode == 0
     shutil.rmtree(copy)
