@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from cachedb.operations.policy import Limits as Limits
     from cachedb.operations.policy import Policy as Policy
     from cachedb.operations.policy import Remove as Remove
-    from cachedb.operations.prune import KeptImage as KeptImage
     from cachedb.operations.prune import Pruned as Pruned
+    from cachedb.operations.prune import SkippedImage as SkippedImage
     from cachedb.operations.pull import Pulled as Pulled
     from cachedb.operations.pull import PullPlan as PullPlan
     from cachedb.operations.push import Pushed as Pushed
@@ -90,7 +90,6 @@ _MODULES = {
     "ImageUsage": "cachedb.reports.usage",
     "ImportedImage": "cachedb.index.records",
     "Keep": "cachedb.operations.policy",
-    "KeptImage": "cachedb.operations.prune",
     "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",
     "Limits": "cachedb.operations.policy",
@@ -113,6 +112,7 @@ _MODULES = {
     "SelectedUsage": "cachedb.reports.usage",
     "SessionInfo": "cachedb.reports.sessions",
     "Share": "cachedb.reports.usage",
+    "SkippedImage": "cachedb.operations.prune",
     "Stats": "cachedb.reports.usage",
     "Usage": "cachedb.reports.usage",
     "Verification": "cachedb.operations.verify",

@@ -1,7 +1,7 @@
 """Plan which images a prune removes, and explain what keeps an image.
 
-A plan is made in one transaction and without a lock. Its bytes are exact: they are those that the files in ``blobs/``
-lose.
+Images are chosen in one read transaction, without a lock; the SQL of rules runs before it. ``freed_size`` is exact: the
+files in ``blobs/`` lose these bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PlannedImage(NamedTuple):
     last_used_at: datetime  # UTC
     size: int  # bytes of its blobs
     freed_size: int  # bytes that its removal frees, after the removals before it
-    total_freed_size: int  # bytes that the plan frees up to and with it
+    total_freed_size: int  # bytes that the plan frees up to and including it
     rule: str  # ``remove 2`` for the second rule that removes, ``expired``, ``max-size``, ``min-free`` or ``to-free``
 
 
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     freed_size: int  # bytes that the images free
     needed_size: int  # bytes that the limits require to free, garbage included; 0 without limits
     garbage_sizes: dict[str, int]  # bytes freed before the images: ``reclaimable`` blobs and some files
-    kept_sizes: dict[str, int]  # bytes that nothing may free, by what keeps them; empty if the limits can be met
+    kept_sizes: dict[str, int]  # bytes that a prune cannot free, by what keeps them; empty if the limits can be met
 
     @property
     def garbage_size(self) -> int:
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
     @property
     def missing_size(self) -> int:
-        """The bytes that the limits require, but that nothing may free."""
+        """The bytes that the limits require beyond what the plan frees."""
         return max(0, self.needed_size - self.garbage_size - self.freed_size)
 
 
@@ -193,8 +193,18 @@ def explain_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> str:
 def explain(database: Database, policy: Policy, name: str | Name, *, to_free: int | None = None) -> Explanation:
     """Return what keeps an image, or what removes it now.
 
+    Args:
+        database: of the cache.
+        policy: the rules and limits.
+        name: of the image.
+        to_free: as for `make_plan`.
+
     Raises:
         NotInCache: if there is no such image.
+        InvalidPolicy: as `make_plan`.
+        InvalidQuery: as `make_plan`.
+        InvalidName: if the name is invalid.
+        InvalidDigest: if several images have the digest.
     """
     answers, files = run_queries(database, policy), measure_files(database.directory)
     planned = None

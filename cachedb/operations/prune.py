@@ -23,7 +23,7 @@ from cachedb.operations.plan import Plan, PlannedImage, make_plan
 from cachedb.operations.policy import Policy
 from cachedb.progress import Progress, sum_progress
 
-__all__ = ["CLAIM_KEY", "KeptImage", "Pruned", "apply_plan", "check_arguments", "prune", "remove_planned"]
+__all__ = ["CLAIM_KEY", "Pruned", "SkippedImage", "apply_plan", "check_arguments", "prune", "remove_planned"]
 
 
 CLAIM_KEY: Final = "prune"
@@ -32,7 +32,7 @@ CLAIM_KEY: Final = "prune"
 _BATCH_SECONDS = 0.02  # of removing images under one write lock; its commit takes as long again
 
 
-class KeptImage(NamedTuple):
+class SkippedImage(NamedTuple):
     """An image that is not removed, and why."""
 
     name: Name
@@ -43,7 +43,7 @@ class Pruned(NamedTuple):
     """What a prune has removed."""
 
     images: list[Name]  # in the order of removal
-    skipped: list[KeptImage]  # planned images that have changed since, or are held now
+    skipped: list[SkippedImage]  # planned images that have changed since, or are held now
     blobs: int  # that the images freed
     freed_size: int  # bytes of those
     garbage: Collected = Collected(0, 0)  # blobs of no image that were freed before the images
@@ -150,14 +150,14 @@ def apply_plan(database: Database, planned: Iterable[PlannedImage], progress: Pr
 
 def _remove_batch(database: Database, planned: Iterable[PlannedImage]) -> Pruned:
     """Remove the first images, as many as a short transaction can."""
-    removed, skipped = list[Name](), list[KeptImage]()
+    removed, skipped = list[Name](), list[SkippedImage]()
     blobs = freed_size = 0
     with database.write() as connection:
         end = time.monotonic() + _BATCH_SECONDS
         for image in planned:
             found = eviction.find_removable(connection, image.name, image.digest, image.last_used_at)
             if isinstance(found, str):
-                skipped.append(KeptImage(image.name, found))
+                skipped.append(SkippedImage(image.name, found))
             else:
                 freed = collect.delete_unreferenced(connection, images.remove(connection, [found]))
                 removed.append(image.name)

@@ -22,7 +22,6 @@ from cachedb import (
     InvalidPolicy,
     InvalidQuery,
     Keep,
-    KeptImage,
     Limits,
     Name,
     NotInCache,
@@ -30,6 +29,7 @@ from cachedb import (
     Policy,
     Pruned,
     Remove,
+    SkippedImage,
 )
 from cachedb.disk import single_flight
 from cachedb.disk.sizes import FileSystem, measure_files
@@ -748,7 +748,7 @@ def test_an_image_that_changes_after_its_plan_stays(cache: Cache, change: Callab
     before = cache.list_names()
     done = cache.prune(plan=plan.images)
     assert done.images == ["app:2"]
-    assert done.skipped == [KeptImage(Name.parse("app:1"), reason)]
+    assert done.skipped == [SkippedImage(Name.parse("app:1"), reason)]
     assert cache.list_names() == [name for name in before if name != "app:2"]
     check_whole(cache)
 
@@ -758,7 +758,7 @@ def test_an_image_that_a_process_uses_after_its_plan_stays(cache: Cache) -> None
     plan = cache.plan_prune(ALL)
     with cache.hold("app:1"):
         age_to(cache, plan)
-        assert cache.prune(plan=plan.images).skipped == [KeptImage(Name.parse("app:1"), "in use")]
+        assert cache.prune(plan=plan.images).skipped == [SkippedImage(Name.parse("app:1"), "in use")]
     check_whole(cache)
 
 

@@ -360,7 +360,7 @@ for name in ("ingest/7-000000000000", "locks/8-000000000000.session"):
         + """
 from cachedb.disk import downloads
 from cachedb.disk.single_flight import try_claim
-from cachedb.operations import upgrade
+from cachedb.operations import policy, upgrade  # the user cannot read the modules of root's Python
 become(1003)
 with Cache.open(sys.argv[1]) as cache:
     with cache.producing("app:3") as found:
