@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 __all__ = [
     "format_age",
+    "format_count",
     "format_size",
     "parse_duration",
     "parse_size",
@@ -19,6 +20,11 @@ __all__ = [
 
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number without separators, with its noun in the singular or plural."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_size(size: float) -> str:

@@ -130,7 +130,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "init": "maintenance",
         "gc": "maintenance",
         "prune": "prune",
-        "policy": "prune",
+        "policy": "policy",
         "verify": "maintenance",
         "adopt": "maintenance",
         "copy": "maintenance",

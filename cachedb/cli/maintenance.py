@@ -18,9 +18,9 @@ from cachedb.cli.options import (
     output_options,
     quiet_option,
 )
-from cachedb.cli.output import format_count, print_collected, print_json, print_table
+from cachedb.cli.output import print_collected, print_json, print_table
 from cachedb.cli.progress import show_progress
-from cachedb.text import format_age, format_size, printable
+from cachedb.text import format_age, format_count, format_size, printable
 
 if TYPE_CHECKING:
     from cachedb.disk.folders import Leftover

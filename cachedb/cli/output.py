@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachedb.text import format_age, format_size, printable, shorten_digest
+from cachedb.text import format_age, format_count, format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.content.collect import Collected
@@ -23,7 +23,6 @@ __all__ = [
     "ROW_FORMATS",
     "describe_collected",
     "fits",
-    "format_count",
     "format_json",
     "print_collected",
     "print_json",
@@ -272,11 +271,6 @@ def _format_value(value: object) -> str:
 
 
 # Results
-
-
-def format_count(number: int, noun: str) -> str:
-    """Return a number with its noun in the singular or plural, as programs can read it."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def print_names(names: Iterable[object]) -> None:

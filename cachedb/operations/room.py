@@ -19,7 +19,7 @@ from cachedb.disk.layout import POLICY_FILE
 from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, NoRoom, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
-from cachedb.text import format_size
+from cachedb.text import format_count, format_size
 from cachedb.threads import at_low_priority
 
 if TYPE_CHECKING:
@@ -230,8 +230,7 @@ class Room:
         pruned = remove_planned(self._database, made)
         count, size = len(pruned.images), pruned.freed_size + pruned.garbage.bytes
         if count or size:
-            images = f"{count} image{'' if count == 1 else 's'}"
-            LOG.info("pruned %s, %s", images, format_size(size), extra={"pruned": True})
+            LOG.info("pruned %s, %s", format_count(count, "image"), format_size(size), extra={"pruned": True})
         return pruned
 
     def _warn(self, reason: str) -> None:
