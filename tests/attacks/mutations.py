@@ -732,7 +732,7 @@ MUTATIONS = [
     Mutation("the queries of a policy are checked", "cachedb/operations/policy.py", "        if query is not None:\n", "        if False:\n", "tests/operations/test_policy.py -k query"),
     Mutation("an invalid policy is not installed", "cachedb/operations/policy.py", "policy, data = check_policy(database, text), text.encode()", "policy, data = Policy(), text.encode()", "tests/operations/test_policy.py -k installed"),
     Mutation("a link in the place of a copied policy is not replaced", "cachedb/operations/copy.py", "        unknown -= {POLICY_FILE} if _is_leftover(directory / POLICY_FILE) else set()\n", "        unknown -= {POLICY_FILE}\n", "tests/operations/test_copy.py -k policy"),
-    Mutation("a change of the policy during an edit is noticed", "cachedb/cli/policy.py", "        if read_policy(cache.directory) != before:\n", "        if False:\n", "tests/cli/test_prune.py -k another_process"),
+    Mutation("a change of the policy during an edit is noticed", "cachedb/cli/policy.py", "        if read_policy(cache.directory) != before:\n", "        if False:\n", "tests/cli/test_policy.py -k another_process"),
     Mutation("a policy is written whole", "cachedb/operations/policy.py", "            write_all(file, data)\n", "            file.write(data)\n", "tests/operations/test_policy.py -k written_whole"),
     Mutation("an installed policy has the mode of the cache", "cachedb/operations/policy.py", "            apply_folder_mode(file.fileno(), folders.status)\n", "            pass\n", "tests/operations/test_policy.py -k mode_of"),
     Mutation("prune without a purpose is refused", "cachedb/cli/prune.py", "        _check_purpose(policy, wishes, quiet=quiet)\n", "", "tests/cli/test_prune.py -k wrong_usage"),
