@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
 from cachedb.errors import CacheError
 from cachedb.text import shorten
 
 __all__ = [
+    "LONGEST_SECONDS",
     "check_characters",
     "check_functions",
     "check_lifetime",
@@ -25,7 +26,8 @@ __all__ = [
 ]
 
 
-_LONGEST_LIFETIME_SECONDS = 36_525 * 86_400
+LONGEST_SECONDS: Final = 36_525 * 86_400
+"""The longest lifetime and the longest hold: a hundred years."""
 
 
 def _type_error(name: str, value: object, wanted: str) -> TypeError:
@@ -82,7 +84,7 @@ def check_lifetime(**values: object) -> None:
     """Raise `TypeError` if a value is neither seconds nor None, and `CacheError` if it is not above 0 or too long."""
     check_numbers(**values)
     for name, value in values.items():
-        if isinstance(value, (int, float)) and not 0 < value <= _LONGEST_LIFETIME_SECONDS:
+        if isinstance(value, (int, float)) and not 0 < value <= LONGEST_SECONDS:
             raise CacheError(f"{name} is {value!r}: give seconds, at most 100 years, or None for no end")
 
 

@@ -44,7 +44,6 @@ __all__ = [
     "read_contents",
     "read_details",
     "read_mark",
-    "sum_stored",
 ]
 
 
@@ -273,15 +272,6 @@ def read_details(connection: Connection, image_ids: Iterable[int]) -> dict[int, 
         image_id: Details(Name(repository, reference), Digest(digest), last_used_at, size or 0)
         for image_id, repository, reference, digest, last_used_at, size in connection.execute(query).all()
     }
-
-
-# Sums
-
-
-def sum_stored(connection: Connection) -> int:
-    """Return the bytes of all stored blobs."""
-    query = select(func.coalesce(func.sum(BLOBS.c.size), 0)).where(BLOBS.c.stored_at.is_not(None))
-    return int(connection.execute(query).scalar_one())
 
 
 # Removing

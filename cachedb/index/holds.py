@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select
 
+from cachedb.arguments import LONGEST_SECONDS
 from cachedb.errors import CacheError, NotInCache
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.tables import BLOBS, HOLDS, LEASES
@@ -21,9 +22,6 @@ from cachedb.oci.digests import Digest
 from cachedb.text import shorten
 
 __all__ = ["HoldInfo", "add", "forget", "is_id", "read_holds", "read_lapsed", "release"]
-
-
-_LONGEST_HOLD = timedelta(days=36_525)
 
 
 class HoldInfo(NamedTuple):
@@ -45,7 +43,7 @@ def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: f
     """
     now = datetime.now(UTC)
     # Compare numbers, because the largest float does not fit into a timedelta.
-    if seconds is not None and not 0 < seconds <= _LONGEST_HOLD.total_seconds():
+    if seconds is not None and not 0 < seconds <= LONGEST_SECONDS:
         raise CacheError(
             f"cannot hold for {seconds:g} seconds: use a time above 0 and up to 100 years, or leave it out "
             "to hold until released"

@@ -17,6 +17,7 @@ from cachedb.content.collect import Collected
 from cachedb.disk import single_flight
 from cachedb.disk.sizes import measure_files
 from cachedb.index import eviction, images
+from cachedb.index.blobs import sum_sizes
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.names import Name
 from cachedb.operations.plan import Plan, PlannedImage, make_plan
@@ -115,7 +116,7 @@ def remove_planned(database: Database, made: Plan, progress: Progress | None = N
 
 def _measure_used(database: Database) -> int:
     with database.read() as connection:
-        return eviction.sum_stored(connection) + measure_files(database.directory).total_size
+        return sum_sizes(connection).stored_size + measure_files(database.directory).total_size
 
 
 def apply_plan(database: Database, planned: Iterable[PlannedImage], progress: Progress | None = None) -> Pruned:
