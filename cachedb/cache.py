@@ -833,7 +833,7 @@ class Cache:
             InvalidQuery: if the query of a rule is invalid.
         """
         from cachedb.operations.plan import make_plan
-        from cachedb.operations.policy import load_policy
+        from cachedb.operations.policy_file import load_policy
         from cachedb.operations.prune import check_arguments
 
         check_arguments(policy, to_free)
@@ -868,7 +868,8 @@ class Cache:
             InvalidQuery: if the query of a rule is invalid.
             Busy: if another process prunes for too long.
         """
-        from cachedb.operations.policy import Policy, load_policy
+        from cachedb.operations.policy import Policy
+        from cachedb.operations.policy_file import load_policy
         from cachedb.operations.prune import check_arguments, prune
 
         check_arguments(policy, to_free, plan)
@@ -893,7 +894,7 @@ class Cache:
             InvalidPolicy: if the policy is invalid.
         """
         from cachedb.operations.plan import explain
-        from cachedb.operations.policy import load_policy
+        from cachedb.operations.policy_file import load_policy
         from cachedb.operations.prune import check_arguments
 
         check_arguments(policy, to_free)
@@ -1118,7 +1119,7 @@ class Cache:
         Raises:
             InvalidPolicy: if it is invalid; the message names the line.
         """
-        from cachedb.operations.policy import load_policy
+        from cachedb.operations.policy_file import load_policy
 
         return load_policy(self._database.directory)
 
@@ -1147,7 +1148,7 @@ class Cache:
         Raises:
             InvalidPolicy: if it is invalid; then nothing changes.
         """
-        from cachedb.operations.policy import install_policy
+        from cachedb.operations.policy_file import install_policy
 
         check_text(text=text)
         check_characters(text=text)

@@ -62,7 +62,8 @@ def policy_show(form: str) -> None:
 
     It includes the default rule, which keeps images that were used a moment ago.
     """
-    from cachedb.operations.policy import Keep, Policy, format_policy, load_policy
+    from cachedb.operations.policy import Keep, Policy, format_policy
+    from cachedb.operations.policy_file import load_policy
     from cachedb.operations.rules import RECENT_SECONDS
 
     directory = cache_directory()
@@ -95,7 +96,7 @@ def policy_check(file: str | None) -> None:
 
     An error names the line. Queries are run on the cache, if there is one. FILE may be - for stdin.
     """
-    from cachedb.operations.policy import read_policy
+    from cachedb.operations.policy_file import read_policy
 
     source = POLICY_FILE if file is None else file
     text = read_policy(cache_directory()) if file is None else read_text(file, "the policy")
@@ -128,7 +129,7 @@ def policy_edit() -> None:
     The result is installed only if it is valid; else an error names the file that has it. The editor gets a copy, so no
     process sees a half-written policy.
     """
-    from cachedb.operations.policy import read_policy
+    from cachedb.operations.policy_file import read_policy
 
     before = read_policy(cache_directory())
     text = _TEMPLATE if before is None else before
@@ -157,7 +158,7 @@ def policy_edit() -> None:
 
 
 def _install_text(edited: str, before: str | None) -> None:
-    from cachedb.operations.policy import read_policy
+    from cachedb.operations.policy_file import read_policy
 
     with open_cache(create=True, announce=False) as cache:
         if read_policy(cache.directory) != before:

@@ -247,7 +247,7 @@ def _check_purpose(policy: Policy, wishes: _Wishes, *, quiet: bool) -> None:
 @contextmanager
 def _naming_lines(cache: Cache) -> Iterator[None]:
     """Name the line of the policy if the block raises an error for a query."""
-    from cachedb.operations.policy import read_policy
+    from cachedb.operations.policy_file import read_policy
 
     try:
         yield

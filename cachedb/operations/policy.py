@@ -6,20 +6,14 @@ It is the file ``policy.toml`` in the cache directory, so every process applies 
 from __future__ import annotations
 
 import json
-import os
 import re
 import tomllib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from cachedb.disk.durable import atomic_file, remove_leftovers
-from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import POLICY_FILE
-from cachedb.disk.regular import open_regular
-from cachedb.disk.writer import write_all
-from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery, os_errors
+from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery
 from cachedb.index.filters import is_pattern, parse_label
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import run_query
@@ -36,13 +30,10 @@ __all__ = [
     "Remove",
     "check_policy",
     "format_policy",
-    "install_policy",
-    "load_policy",
     "parse_free_space",
     "parse_name_or_pattern",
     "parse_percentage",
     "parse_policy",
-    "read_policy",
 ]
 
 
@@ -52,7 +43,6 @@ EXPRESSION: Final = "re:"
 QUERY_SECONDS = 60.0
 """The longest time that a query of a rule may take."""
 
-_MAX_BYTES = 64 * 1024  # of a policy; a larger file is not one
 
 T = TypeVar("T")
 
@@ -425,40 +415,7 @@ def _format_seconds(seconds: float) -> str:
     return "".join(parts) or "0s"
 
 
-# Files
-
-
-def load_policy(directory: Path) -> Policy:
-    """Return the policy of a cache; an empty one if there is no ``policy.toml``.
-
-    Raises:
-        InvalidPolicy: if it is invalid.
-        StorageError: if it cannot be read, or is not a regular file.
-    """
-    text = read_policy(directory)
-    return Policy() if text is None else parse_policy(text)
-
-
-def read_policy(directory: Path) -> str | None:
-    """Return the text of a cache's policy; None if there is none.
-
-    Raises:
-        InvalidPolicy: if the file is larger than a policy, or not UTF-8.
-        StorageError: if it cannot be read, or is not a regular file.
-    """
-    with os_errors("read the policy"):
-        try:
-            with open(directory / POLICY_FILE, "rb", opener=open_regular) as file:
-                data = file.read(_MAX_BYTES + 1)
-        except FileNotFoundError:
-            return None
-    if len(data) > _MAX_BYTES:
-        raise InvalidPolicy(f"{POLICY_FILE} has over {_MAX_BYTES} bytes: shorten it")
-    try:
-        return data.decode("utf-8-sig")  # skip an editor's byte order mark
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InvalidPolicy(f"{POLICY_FILE}, line {line}: it is not UTF-8: save it in UTF-8", line=line) from None
+# Checking
 
 
 def check_policy(database: Database, text: str, source: str = POLICY_FILE) -> Policy:
@@ -484,28 +441,3 @@ def check_policy(database: Database, text: str, source: str = POLICY_FILE) -> Po
             except InvalidQuery as error:
                 raise _locate(text, source, _Mistake(f"sql: {error}", kind, number, "sql")) from None
     return policy
-
-
-def install_policy(database: Database, text: str) -> Policy:
-    """Check a policy, and make it that of the cache, durably.
-
-    Raises:
-        InvalidPolicy: if it is invalid; the policy of the cache then stays.
-        StorageError: if it cannot be written.
-    """
-    policy, data = check_policy(database, text), text.encode()
-    if len(data) > _MAX_BYTES:
-        raise InvalidPolicy(f"the policy has over {_MAX_BYTES} bytes: shorten it")
-    # A full disk is a reason to change the policy, so the reserve has room for it.
-    database.reserve.run(lambda: _write_policy(database.folders, data))
-    return policy
-
-
-def _write_policy(folders: Folders, data: bytes) -> None:
-    with os_errors("write the policy"):
-        folders.check()
-        remove_leftovers(folders.directory)
-        with atomic_file(folders.directory / POLICY_FILE) as file:
-            write_all(file, data)
-            apply_folder_mode(file.fileno(), folders.status)
-        os.fsync(folders.root)

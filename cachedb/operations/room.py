@@ -146,7 +146,7 @@ class Room:
         return self._known[1]
 
     def _load_policy(self) -> Policy | None:
-        from cachedb.operations.policy import load_policy
+        from cachedb.operations.policy_file import load_policy
 
         try:
             policy = load_policy(self._database.directory)

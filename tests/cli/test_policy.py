@@ -11,7 +11,8 @@ import pytest
 
 from cachedb import Cache
 from cachedb.disk.layout import POLICY_FILE
-from cachedb.operations.policy import load_policy, parse_policy
+from cachedb.operations.policy import parse_policy
+from cachedb.operations.policy_file import load_policy
 from tests.conftest import Run
 from tests.operations.test_policy import EXAMPLE, MEANING
 
