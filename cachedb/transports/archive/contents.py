@@ -16,6 +16,7 @@ from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import Descriptor, load_json, read_descriptors, read_media_type, read_subject
 from cachedb.transports.archive.files import Section
 from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_blob_count, list_digests, read_small
+from cachedb.transports.archive.tar import SAVE_AGAIN
 
 __all__ = ["Contents"]
 
@@ -121,7 +122,7 @@ class Contents:
     def _has(self, blob: Descriptor) -> bool:
         is_found = blob.digest in self._embedded or self._find(blob) is not None
         if not is_found and not self._has_end:
-            raise InvalidArchive(f"{_describe(blob)} is not in the archive, which is cut short: copy or save it again")
+            raise InvalidArchive(f"{_describe(blob)} is not in the archive, which is cut short: {SAVE_AGAIN}")
         return is_found
 
     def _find_missing(self, blob: Descriptor) -> Descriptor:
@@ -201,13 +202,9 @@ class Contents:
         found = self.find_blob(blob)
         data = read_small(found.section, found.what, InvalidManifest)
         if len(data) != blob.size:
-            raise DigestMismatch(
-                f"{found.what} should be {blob.size} bytes, and is {len(data)}: save or download the archive again"
-            )
+            raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}: {SAVE_AGAIN}")
         if digest_of(data, blob.digest) != blob.digest:
-            raise DigestMismatch(
-                f"{found.what} in the archive does not match its digest: save or download the archive again"
-            )
+            raise DigestMismatch(f"{found.what} in the archive does not match its digest: {SAVE_AGAIN}")
         return data
 
 

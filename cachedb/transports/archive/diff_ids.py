@@ -8,6 +8,7 @@ from cachedb.errors import DigestMismatch, InvalidArchive
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.transports.archive.compression import Decompressor
 from cachedb.transports.archive.files import UnpackLimit
+from cachedb.transports.archive.tar import SAVE_AGAIN
 
 __all__ = ["DiffId"]
 
@@ -34,6 +35,6 @@ class DiffId:
             DigestMismatch: if the content has another digest.
         """
         if not self._decompressor.ended:
-            raise InvalidArchive(f"{self._what} is cut short")
+            raise InvalidArchive(f"{self._what} is cut short: {SAVE_AGAIN}")
         if f"{self._hasher.name}:{self._hasher.hexdigest()}" != self._expected:
             raise DigestMismatch(f"{self._what} does not match its diff id {self._expected} in the config")

@@ -65,7 +65,7 @@ class Section:
             return 0
         read = self._read_into(buffer[:count], self._offset + self._done)
         if read == 0:
-            raise InvalidArchive("the archive is cut short")
+            raise InvalidArchive(f"the archive is cut short: {tar.SAVE_AGAIN}")
         self._done += read
         return read
 
@@ -354,7 +354,7 @@ def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: i
                     file = spooled
                 files = Tar(file.fileno())
                 if has_garbage and not files.has_end:
-                    raise InvalidArchive("the gzip compressed archive is damaged, or cut short")
+                    raise InvalidArchive(f"the gzip compressed archive is damaged, or cut short: {tar.SAVE_AGAIN}")
         yield files
 
 
@@ -391,7 +391,7 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) ->
             write_all(target, part)
         chunk = source.read(CHUNK_BYTES)
     if unpack and not unpack.ended:
-        raise InvalidArchive(f"the {compression} compressed archive is cut short")
+        raise InvalidArchive(f"the {compression} compressed archive is cut short: {tar.SAVE_AGAIN}")
     if unpack and unpack.has_garbage:
         LOG.warning("the garbage at the end of the gzip compressed archive is not read")
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cachedb.errors import InvalidArchive
 from cachedb.text import shorten
@@ -18,6 +18,7 @@ __all__ = [
     "FOLDER",
     "HARD_LINK",
     "REGULAR",
+    "SAVE_AGAIN",
     "SYMBOLIC_LINK",
     "Member",
     "check_header",
@@ -30,6 +31,8 @@ BLOCK = 512  # bytes
 HARD_LINK, SYMBOLIC_LINK, FOLDER = b"1", b"2", b"5"
 REGULAR = (b"0", b"\0", b"7")
 
+SAVE_AGAIN: Final = "save or download the archive again"
+"""What to do about a damaged archive."""
 _HEADER_LIMIT = 1024 * 1024  # bytes of one extended header
 _HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes of all extended headers
 _NOT_A_TAR = "the archive is not a tar"
@@ -70,20 +73,20 @@ def read_members(descriptor: int) -> Iterator[Member]:
                 raise InvalidArchive("the archive has a header of over 1 MiB, or too many: not an image")
             data = os.pread(descriptor, size, start)
             if len(data) < size:
-                raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}: save or download it again")
+                raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}: {SAVE_AGAIN}")
             extended.update(_parse_extended(kind, data, offset))
             offset = start + _pad_size(size)
             continue
         member = _parse_member(block, extended, offset)
         if start + member.size > total:
-            raise InvalidArchive(f"the archive is cut short in {shorten(member.name)}")
+            raise InvalidArchive(f"the archive is cut short in {shorten(member.name)}: {SAVE_AGAIN}")
         yield member
         extended = {}
         offset = member.end
     if not offset:
         raise InvalidArchive(_NOT_A_TAR)
     if extended or any(os.pread(descriptor, 2 * BLOCK, offset)):
-        raise InvalidArchive(f"the archive is cut short, or not a tar, at byte {offset}")
+        raise InvalidArchive(f"the archive is cut short, or not a tar, at byte {offset}: {SAVE_AGAIN}")
 
 
 def has_end(descriptor: int, offset: int) -> bool:
@@ -97,11 +100,12 @@ def has_end(descriptor: int, offset: int) -> bool:
 def check_header(block: bytes, offset: int) -> None:
     """Raise `InvalidArchive` unless a block is a header with a valid checksum."""
     if len(block) < BLOCK:
-        raise InvalidArchive(f"the archive is cut short at byte {offset + len(block)}" if offset else _NOT_A_TAR)
+        where = offset + len(block)
+        raise InvalidArchive(f"the archive is cut short at byte {where}: {SAVE_AGAIN}" if offset else _NOT_A_TAR)
     others = block[:148] + b" " * 8 + block[156:]
     # Old tools summed the bytes as signed numbers.
     if _parse_octal(block[148:156]) not in (sum(others), sum(others) - 256 * sum(byte > 127 for byte in others)):
-        raise InvalidArchive(f"the archive is damaged at byte {offset}" if offset else _NOT_A_TAR)
+        raise _damaged_error(offset) if offset else InvalidArchive(_NOT_A_TAR)
 
 
 def _parse_member(block: bytes, extended: dict[bytes, bytes], offset: int) -> Member:
@@ -134,13 +138,17 @@ def _parse_extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]
         end = position + _parse_decimal(data[position : max(space, position)], offset)
         key, equals, value = data[space + 1 : end].partition(b"=")
         if not equals or end > len(data) or not value.endswith(b"\n"):
-            raise InvalidArchive(f"the archive is damaged at byte {offset}")
+            raise _damaged_error(offset)
         if key in (b"path", b"linkpath", b"size") or key.startswith(b"GNU.sparse."):
             found[key] = value[:-1]
         position = end
     if kind == b"g" and found:
         raise InvalidArchive(f"the archive sets one name or size for all members at byte {offset}: not an image")
     return {key: value for key, value in found.items() if value}
+
+
+def _damaged_error(offset: int) -> InvalidArchive:
+    return InvalidArchive(f"the archive is damaged at byte {offset}: {SAVE_AGAIN}")
 
 
 def _parse_string(field: bytes) -> bytes:
@@ -153,7 +161,7 @@ def _pad_size(size: int) -> int:
 
 def _parse_decimal(digits: bytes, offset: int) -> int:
     if not digits.isdigit() or len(digits) > 19:
-        raise InvalidArchive(f"the archive is damaged at byte {offset}: save or download it again")
+        raise _damaged_error(offset)
     return int(digits)
 
 
@@ -161,7 +169,7 @@ def _parse_number(field: bytes, offset: int) -> int:
     """Return a number of a header: octal, or base 256 if the first bit is set."""
     number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _parse_octal(field)
     if number is None:  # not octal, or a negative number in base 256
-        raise InvalidArchive(f"the archive is damaged at byte {offset}")
+        raise _damaged_error(offset)
     return number
 
 
