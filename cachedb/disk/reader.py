@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import Final
 
 from cachedb.disk.layout import blob_file
 from cachedb.disk.regular import open_regular
@@ -12,7 +13,11 @@ from cachedb.errors import CacheError, DigestMismatch, NotInCache, StorageError,
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 
-__all__ = ["damaged_error", "missing_file_error", "open_blob", "read_small_blob", "read_verified"]
+__all__ = ["REPAIR_ADVICE", "damaged_error", "missing_file_error", "open_blob", "read_small_blob", "read_verified"]
+
+
+REPAIR_ADVICE: Final = "run `cachedb verify --repair`, then import or pull the image again"
+"""What to do about a blob whose file is damaged or missing."""
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
@@ -63,14 +68,9 @@ def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:
 
 def damaged_error(digest: Digest) -> DigestMismatch:
     """Return the error for a blob whose file has the wrong content."""
-    return DigestMismatch(
-        f"the file of {digest} is damaged, its content has another digest: run `cachedb verify --repair`, "
-        "then import or pull the image again"
-    )
+    return DigestMismatch(f"the file of {digest} is damaged, its content has another digest: {REPAIR_ADVICE}")
 
 
 def missing_file_error(digest: Digest) -> StorageError:
     """Return the error for a stored blob whose file is gone."""
-    return StorageError(
-        f"the file of {digest} is missing: run `cachedb verify --repair`, then import or pull the image again"
-    )
+    return StorageError(f"the file of {digest} is missing: {REPAIR_ADVICE}")

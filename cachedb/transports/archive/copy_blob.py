@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from cachedb.disk.reader import damaged_error, open_blob
+from cachedb.disk.reader import REPAIR_ADVICE, damaged_error, open_blob
 from cachedb.disk.writer import CHUNK_BYTES, WRITE_BACK_BYTES, hash_chunks, write_back
 from cachedb.errors import CacheError, os_errors
 from cachedb.oci.digests import Digest, split_digest
@@ -135,7 +135,7 @@ def read_blob(
                 with os_errors("read a blob"):
                     count = os.preadv(file, [chunk[filled:]], done + filled)
                 if not count:
-                    raise CacheError(f"the file of {digest} was cut short while it was read: run `cachedb verify`")
+                    raise CacheError(f"the file of {digest} was cut short while it was read: {REPAIR_ADVICE}")
                 filled += count
             hash_chunk(chunk)
             if write is not None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from cachedb.disk.reader import damaged_error
+from cachedb.disk.reader import REPAIR_ADVICE, damaged_error
 from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import StorageError, os_errors
 from cachedb.oci.digests import Digest, split_digest
@@ -51,7 +51,7 @@ class VerifiedFile:
             self._file.seek(start)
             data = self._file.read(count)
         if not data:
-            raise StorageError("the file of a blob was cut short: run `cachedb verify`")
+            raise StorageError(f"the file of a blob was cut short: {REPAIR_ADVICE}")
         return data
 
     def _hash(self, start: int, data: bytes) -> None:
