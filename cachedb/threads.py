@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from cachedb.errors import CacheError
@@ -24,6 +24,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MAX_QUEUED_CALLS = 16
+_SIGNAL_SECONDS = 0.5  # the longest time until an interrupt that missed a wait is raised
 _LOW_NICENESS, _LEAST_NICENESS = 10, 19  # added to that of the process, and the most that there is
 
 
@@ -81,6 +82,16 @@ def report_in_thread(progress: Callable[..., object] | None) -> Iterator[Callabl
             call_progress()
     if raised:
         raise raised[0]
+
+
+def _get(queue: SimpleQueue[T]) -> T:
+    """Return the next item of a queue.
+
+    A signal does not end a wait if it comes to another thread, or just before the wait begins.
+    """
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=_SIGNAL_SECONDS)
 
 
 def in_threads(
@@ -146,7 +157,7 @@ def in_threads(
         if not threads_begun:
             run()
         for _ in threads_begun:
-            ended.get()
+            _get(ended)
             if failures:
                 raise failures[0]
     except BaseException:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -74,6 +76,29 @@ def test_an_error_of_the_iterator_of_items_is_raised() -> None:
 
     with pytest.raises(LookupError, match="no more"):
         in_threads(lambda item, _: item, items(), sum_progress(0, None))
+
+
+def test_an_interrupt_is_raised_even_if_its_signal_did_not_end_the_wait() -> None:
+    interrupted, caller = threading.Event(), threading.get_ident()
+    in_time = list[bool]()
+
+    def interrupt(_number: int, _frame: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def work(_: int, __: Advance) -> None:
+        while sys._current_frames()[caller].f_code is not threads._get.__code__:
+            time.sleep(0)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # so the caller's wait goes on
+        in_time.append(interrupted.wait(10))
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_threads(work, [1], sum_progress(0, None))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert in_time == [True]
 
 
 def test_progress_is_the_sum_over_all_threads() -> None:

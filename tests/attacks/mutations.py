@@ -187,6 +187,7 @@ MUTATIONS = [
     Mutation("a signal handler may use the session", "cachedb/content/session.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k for_a_moment"),
     Mutation("a signal handler may note a use", "cachedb/content/last_used.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k for_a_moment"),
     Mutation("a signal handler may lock a file", "cachedb/disk/forks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/test_reentry.py -k for_a_moment"),
+    Mutation("an interrupt that missed the wait for threads is raised", "cachedb/threads.py", "            return queue.get(timeout=_SIGNAL_SECONDS)", "            return queue.get()", "tests/test_threads.py -k interrupt"),
     Mutation("a worker thread counts as its caller for re-entry", "cachedb/threads.py", "            with on_behalf_of(caller):\n                run()\n", "            run()\n", "tests/test_reentry.py -k layout"),
     Mutation("a session is not begun inside its own beginning", "cachedb/content/session.py", "                with not_reentered(f\"session {id(self)}\", \"beginning to write to the cache\"):\n", "                if True:\n", "tests/test_reentry.py -k beginning"),
     Mutation("a claim is noted before its lock is taken", "cachedb/disk/single_flight.py", "        own_paths.add(path)  # before", "        pass  # before", "tests/test_reentry.py -k has_claimed"),

@@ -753,14 +753,14 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(
     code = f"""
 import signal, threading
 from cachedb import Cache
-from cachedb.cli.main import main as cli
+from cachedb.cli.signals import exit_terminated
 killed = threading.Event()
 def stop(done, total):
     print("begun", flush=True)
     killed.wait()
 def handle(number, frame):
     killed.set()
-    (cli._terminated if number == signal.SIGTERM else signal.default_int_handler)(number, frame)
+    (exit_terminated if number == signal.SIGTERM else signal.default_int_handler)(number, frame)
 signal.signal(signal.SIGTERM, handle)
 signal.signal(signal.SIGINT, handle)
 with Cache.open({str(directory)!r}) as cache:
