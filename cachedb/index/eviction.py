@@ -1,23 +1,18 @@
-"""Rank the images that an eviction may remove, and measure what the removal of each frees.
+"""Rank the images that an eviction may remove, and read what it must know about them and their blobs.
 
-A blob dies with the last of the images that have it. So its bytes count for the image with the highest place among
-them. They count for none if one of these images stays, or if a hold or a process has a lease on the blob.
-
-`measure_blobs` reads all associations once. SQLite returns them in JSON arrays, because a row of a result costs ten
-times as much as a number in an array.
+SQLite returns long lists of numbers in JSON arrays, because a row of a result costs ten times as much as a number in an
+array.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
-from itertools import repeat
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import CTE, ColumnElement, Connection, Select, bindparam, case, func, select
+from sqlalchemy import CTE, ColumnElement, Connection, Select, bindparam, case, except_, func, select
 
 from cachedb.index.holds import is_id
 from cachedb.index.lifetimes import is_expired, is_pinned
@@ -32,18 +27,20 @@ __all__ = [
     "IN_USE",
     "PINNED",
     "RECENT",
-    "BlobSizes",
+    "BlobTotals",
     "Details",
     "Mark",
     "Ranking",
     "Rules",
     "find_removable",
     "is_among_newest",
-    "measure_blobs",
     "rank_images",
     "read_contents",
     "read_details",
+    "read_images",
+    "read_leased_sizes",
     "read_mark",
+    "sum_blobs",
 ]
 
 
@@ -53,13 +50,6 @@ EXPIRED = 0
 """The rule that removes images whose lifetime has ended; it comes before the rules of a policy."""
 
 _UNKEPT: Final = 1 << 32  # more than the number of any rule
-
-# Instead of the place of an image, for blobs that no removal frees. Images that stay come after all others.
-_STAYS: Final = 1 << 61  # minus the number of what keeps the image, so that the first of several comes last
-_LEASED: Final = 1 << 60
-_UNUSED: Final = -1
-
-_BATCH_BLOBS: Final = 50_000  # whose associations are read at a time
 
 
 class Rules(NamedTuple):
@@ -87,18 +77,11 @@ class Ranking(NamedTuple):
     kept: dict[int, int]  # the other images, by id, with what keeps them: see `Mark`
 
 
-class BlobSizes(NamedTuple):
-    """The bytes of all stored blobs, each counted once."""
+class BlobTotals(NamedTuple):
+    """The bytes of all stored blobs, and of those that a collection frees."""
 
-    freed: list[int]  # for each place of a ranking, by the removal of its image after those before it
-    kept: dict[int, int]  # that no removal frees, by what keeps them: see `Mark`
-    garbage: int  # that no image has, and on which no live session or hold has a lease
-    last_places: dict[int, int]  # of the blobs that several images have
-
-    @property
-    def stored(self) -> int:
-        """All of them."""
-        return sum(self.freed) + sum(self.kept.values()) + self.garbage
+    stored_size: int
+    garbage_size: int  # that no image has, and on which no live session or hold has a lease
 
 
 class Details(NamedTuple):
@@ -181,81 +164,43 @@ def read_mark(connection: Connection, rules: Rules, image_id: int) -> Mark:
 # Blobs
 
 
-def measure_blobs(connection: Connection, rules: Rules, ranking: Ranking) -> BlobSizes:
-    """Return the bytes that removals in the order of a ranking free, and those that stay.
-
-    A blob that several kept images have counts for the first of what keeps them. The blobs that only leases keep count
-    as held.
-    """
-    places = {image_id: _STAYS - kept_by for image_id, kept_by in ranking.kept.items()}
-    places.update((image_id, place) for place, image_id in enumerate(ranking.ids))
-    leased = set(connection.execute(_select_leased_ids(rules)).scalars())
-    sizes, last_places = defaultdict[int, int](int), dict[int, int]()
-    for stored_sizes, blob_ids, image_ids in _read_associations(connection):
-        last = dict.fromkeys(leased.intersection(stored_sizes), _LEASED)
-        shared = set()
-        # A collection does not free a blob that an image without a row has, in a damaged index.
-        for blob_id, place in zip(blob_ids, map(places.get, image_ids, repeat(_LEASED)), strict=True):
-            if blob_id not in last:
-                last[blob_id] = place
-            else:
-                shared.add(blob_id)
-                if place > last[blob_id]:
-                    last[blob_id] = place
-        for place, size in zip(map(last.get, stored_sizes, repeat(_UNUSED)), stored_sizes.values(), strict=True):
-            sizes[place] += size
-        last_places.update((blob_id, last[blob_id]) for blob_id in shared)
-    freed = [sizes.pop(place, 0) for place in range(len(ranking.ids))]
-    garbage, leased_size = sizes.pop(_UNUSED, 0), sizes.pop(_LEASED, 0)
-    kept = {_STAYS - place: size for place, size in sizes.items()}
-    if leased_size:
-        kept[HELD] = kept.get(HELD, 0) + leased_size
-    return BlobSizes(freed, kept, garbage, last_places)
+def read_leased_sizes(connection: Connection, rules: Rules) -> dict[int, int]:
+    """Return the bytes of the stored blobs on which a live session or a hold has a lease, by id."""
+    leased = select(BLOBS.c.id, BLOBS.c.size).where(BLOBS.c.id.in_(_select_leased_ids(rules)))
+    return {row.id: row.size for row in connection.execute(leased.where(BLOBS.c.stored_at.is_not(None)))}
 
 
-def _read_associations(connection: Connection) -> Iterator[tuple[dict[int, int], list[int], list[int]]]:
-    """Yield the sizes of some stored blobs, the ids of these and other blobs, and for each an image that has it."""
-    after = -1
-    while True:
-        blobs = connection.execute(_select_blobs(), {"after": after}).one()
-        if blobs.last is None:
-            return
-        stored_sizes = dict(zip(json.loads(blobs.ids), json.loads(blobs.sizes), strict=True))
-        found = connection.execute(_select_associations(), {"after": after, "last": blobs.last}).one()
-        yield stored_sizes, json.loads(found.blob_ids), json.loads(found.image_ids)
-        after = blobs.last
-
-
-@cache
-def _select_blobs() -> Select[*tuple[Any, ...]]:
-    stored = select(BLOBS.c.id, BLOBS.c.size).where(BLOBS.c.id > bindparam("after"), BLOBS.c.stored_at.is_not(None))
-    some = stored.order_by(BLOBS.c.id).limit(_BATCH_BLOBS).subquery()
-    ids, sizes = func.json_group_array(some.c.id), func.json_group_array(some.c.size)
-    return select(ids.label("ids"), sizes.label("sizes"), func.max(some.c.id).label("last"))
-
-
-@cache
-def _select_associations() -> Select[*tuple[Any, ...]]:
-    # The index of the associations by blob has both columns.
-    return select(
-        func.json_group_array(IMAGE_BLOBS.c.blob_id).label("blob_ids"),
-        func.json_group_array(IMAGE_BLOBS.c.image_id).label("image_ids"),
-    ).where(IMAGE_BLOBS.c.blob_id > bindparam("after"), IMAGE_BLOBS.c.blob_id <= bindparam("last"))
-
-
-def read_contents(connection: Connection, rules: Rules, image_ids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield the stored blobs of images on which nothing has a lease: the image's id, the blob's id and its bytes."""
-    query = (
-        select(IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id, BLOBS.c.size)
-        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
-        .where(
-            are_among(IMAGE_BLOBS.c.image_id, image_ids),
-            BLOBS.c.stored_at.is_not(None),
-            BLOBS.c.id.not_in(_select_leased_ids(rules)),
-        )
-        .distinct()
+def sum_blobs(connection: Connection, rules: Rules) -> BlobTotals:
+    """Return the bytes of all stored blobs, and of the garbage among them."""
+    size = func.coalesce(func.sum(BLOBS.c.size), 0)
+    stored = select(size).where(BLOBS.c.stored_at.is_not(None))
+    # All three are ordered by id, so SQLite reads each from end to end, without look-ups.
+    unused = (
+        except_(select(BLOBS.c.id), select(IMAGE_BLOBS.c.blob_id), _select_leased_ids(rules)).order_by("id").subquery()
     )
-    yield from connection.execute(query)
+    garbage = select(size).join_from(unused, BLOBS, BLOBS.c.id == unused.c.id).where(BLOBS.c.stored_at.is_not(None))
+    return BlobTotals(connection.execute(stored).scalar_one(), connection.execute(garbage).scalar_one())
+
+
+def read_contents(connection: Connection, image_ids: Iterable[int]) -> dict[int, dict[int, int]]:
+    """Return the stored blobs of images: for each image, the bytes of each blob by id."""
+    contents: dict[int, dict[int, int]] = {image_id: {} for image_id in image_ids}
+    columns = IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id, BLOBS.c.size
+    query = (
+        select(*map(func.json_group_array, columns))
+        .join_from(IMAGE_BLOBS, BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+        .where(are_among(IMAGE_BLOBS.c.image_id, contents), BLOBS.c.stored_at.is_not(None))
+    )
+    for image_id, blob_id, size in zip(*map(json.loads, connection.execute(query).one()), strict=True):
+        contents[image_id][blob_id] = size
+    return contents
+
+
+def read_images(connection: Connection, blob_ids: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield the images that have blobs: for each association, the blob's id and the image's."""
+    columns = IMAGE_BLOBS.c.blob_id, IMAGE_BLOBS.c.image_id
+    query = select(*map(func.json_group_array, columns)).where(are_among(IMAGE_BLOBS.c.blob_id, blob_ids))
+    return zip(*map(json.loads, connection.execute(query).one()), strict=True)
 
 
 def read_details(connection: Connection, image_ids: Iterable[int]) -> dict[int, Details]:

@@ -1,20 +1,28 @@
-"""Choose as few of the ranked images as a limit requires."""
+"""Choose as few of the ranked images as a limit requires.
+
+A blob dies with the last of the images that have it. So its bytes count for the image with the highest place among
+them. They count for none if one of these images stays, or if a hold or a process has a lease on the blob.
+
+The images are read in the order of the ranking, until they free enough. So a plan costs as much as it removes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
 from cachedb.index import eviction
-from cachedb.index.eviction import BlobSizes, Ranking, Rules
+from cachedb.index.eviction import Ranking, Rules
 
 __all__ = ["ChosenImage", "choose_least"]
 
 
-_FIRST_CONTENTS, _MOST_CONTENTS = 50, 2000  # images whose blobs are read at a time
+_FIRST_IMAGES, _MOST_IMAGES = 50, 2000
+_STAYS: Final = sys.maxsize  # instead of a place: the blob does not die
 
 
 class ChosenImage(NamedTuple):
@@ -26,9 +34,7 @@ class ChosenImage(NamedTuple):
     total_freed_size: int  # bytes that all removals up to and with it free
 
 
-def choose_least(
-    connection: Connection, rules: Rules, ranking: Ranking, sizes: BlobSizes, needed_size: int
-) -> list[ChosenImage]:
+def choose_least(connection: Connection, rules: Rules, ranking: Ranking, needed_size: int) -> list[ChosenImage]:
     """Return the images that rules remove, and those that the needed bytes require, in the order of the ranking.
 
     The first images that free enough are tried from the last to the first. One pass is enough: to keep an image takes
@@ -38,25 +44,27 @@ def choose_least(
         connection: to the index.
         rules: those of the ranking.
         ranking: the images.
-        sizes: what their removals free.
         needed_size: bytes to free; 0 removes only what rules remove.
     """
-    count, total_size = _count_first(ranking, sizes.freed, needed_size)
-    freed_sizes = sizes.freed[:count]
+    contents = _Contents(connection, rules, ranking)
+    count = total_size = 0
+    while count < len(ranking.ids) and (ranking.rules[count] is not None or total_size < needed_size):
+        total_size += contents.measure(count)
+        count += 1
+    freed_sizes = contents.freed_sizes[:count]
     spare_size = max(0, total_size - needed_size)
-    contents = _Contents(connection, rules, ranking, sizes, count)
     kept_places, kept_blobs = set[int](), set[int]()
     for place in reversed(range(count)):
         # Its own bytes are those of blobs that no later image has, so they are the least that it frees.
         if ranking.rules[place] is not None or freed_sizes[place] > spare_size:
             continue
-        blobs = [blob for blob in contents.read(place, spare_size) if blob.id not in kept_blobs]
-        if (lost_size := sum(blob.size for blob in blobs)) <= spare_size:
+        sizes = {blob_id: size for blob_id, size in contents.list_dying(place, count) if blob_id not in kept_blobs}
+        if (lost_size := sum(sizes.values())) <= spare_size:
             spare_size -= lost_size
             kept_places.add(place)
-            for blob in blobs:
-                kept_blobs.add(blob.id)
-                freed_sizes[blob.last_place] -= blob.size
+            kept_blobs.update(sizes)
+            for blob_id, size in sizes.items():
+                freed_sizes[contents.last_places[blob_id]] -= size
     chosen = [place for place in range(count) if place not in kept_places]
     totals = accumulate(freed_sizes[place] for place in chosen)
     return [
@@ -65,51 +73,49 @@ def choose_least(
     ]
 
 
-def _count_first(ranking: Ranking, freed_sizes: Sequence[int], needed_size: int) -> tuple[int, int]:
-    """Return the number of images up to the one that reaches the needed bytes, and the bytes that these free."""
-    total_size = 0
-    for place, (rule, freed_size) in enumerate(zip(ranking.rules, freed_sizes, strict=True)):
-        if rule is None and total_size >= needed_size:
-            return place, total_size
-        total_size += freed_size
-    return len(ranking.ids), total_size
-
-
-class _DyingBlob(NamedTuple):
-    """A blob that the removal of all tried images frees."""
-
-    id: int
-    size: int  # bytes
-    last_place: int  # of the last image that has it
-
-
 class _Contents:
-    """The dying blobs of the first images of a ranking, read for many images at a time."""
+    """The stored blobs of the first images of a ranking, read for many images at a time."""
 
-    def __init__(self, connection: Connection, rules: Rules, ranking: Ranking, sizes: BlobSizes, count: int) -> None:
-        self._connection, self._rules, self._ranking = connection, rules, ranking
-        self._sizes, self._count = sizes, count
-        self._found: dict[int, list[_DyingBlob]] = {}  # by place
-        self._most = _FIRST_CONTENTS
+    def __init__(self, connection: Connection, rules: Rules, ranking: Ranking) -> None:
+        self.freed_sizes: list[int] = []  # for each place, the bytes of the blobs that die with its image
+        self.last_places: dict[int, int] = {}  # of the images that have a blob, or `_STAYS`
+        self._connection, self._ranking = connection, ranking
+        self._leased = eviction.read_leased_sizes(connection, rules)
+        self._places = {image_id: place for place, image_id in enumerate(ranking.ids)}
+        self._sizes: list[dict[int, int]] = []  # by place, the bytes of each blob; empty if a rule removes the image
+        self._count = _FIRST_IMAGES  # to read next
 
-    def read(self, place: int, spare_size: int) -> list[_DyingBlob]:
-        """Return the dying blobs of the image at a place; also read those of images before it that may be kept."""
-        if place not in self._found:
-            places = []
-            for earlier in range(place, -1, -1):
-                if self._ranking.rules[earlier] is None and self._sizes.freed[earlier] <= spare_size:
-                    places.append(earlier)
-                if len(places) == self._most:
-                    break
-            self._most = min(2 * self._most, _MOST_CONTENTS)
-            self._read_all(places)
-        return self._found.pop(place)
+    def measure(self, place: int) -> int:
+        """Return the bytes of the blobs that die with the image at a place, after all before it."""
+        if place == len(self.freed_sizes):
+            self._read_more()
+        return self.freed_sizes[place]
 
-    def _read_all(self, places: Sequence[int]) -> None:
-        self._found.update((place, []) for place in places)
-        places_by_id = {self._ranking.ids[place]: place for place in places}
-        for image_id, blob_id, size in eviction.read_contents(self._connection, self._rules, places_by_id):
-            place = places_by_id[image_id]
-            last_place = self._sizes.last_places.get(blob_id, place)
-            if last_place < self._count:  # otherwise an image that stays has it
-                self._found[place].append(_DyingBlob(blob_id, size, last_place))
+    def list_dying(self, place: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield the blobs of the image at a place that the removal of the first images frees, with their bytes."""
+        return ((blob_id, size) for blob_id, size in self._sizes[place].items() if self.last_places[blob_id] < count)
+
+    def _read_more(self) -> None:
+        start = len(self.freed_sizes)
+        contents = eviction.read_contents(self._connection, self._ranking.ids[start : start + self._count])
+        self._find_last_places(set[int]().union(*contents.values()).difference(self.last_places))
+        for place, sizes in enumerate(contents.values(), start):
+            dying = [blob_id for blob_id in sizes if self.last_places[blob_id] == place]
+            self.freed_sizes.append(sum(map(sizes.__getitem__, dying)))
+            if self._ranking.rules[place] is None:
+                self._sizes.append(sizes)
+            else:  # this image is never kept, and no later image has these blobs
+                self._sizes.append({})
+                for blob_id in dying:
+                    del self.last_places[blob_id]
+        self._count = min(2 * self._count, _MOST_IMAGES)
+
+    def _find_last_places(self, blob_ids: set[int]) -> None:
+        last_places = dict.fromkeys(blob_ids, -1)
+        for blob_id, image_id in eviction.read_images(self._connection, blob_ids):
+            # A collection does not free a blob that an image without a row has, in a damaged index.
+            place = self._places.get(image_id, _STAYS)
+            if place > last_places[blob_id]:
+                last_places[blob_id] = place
+        last_places.update(dict.fromkeys(blob_ids & self._leased.keys(), _STAYS))
+        self.last_places.update(last_places)

@@ -19,6 +19,7 @@ from cachedb.index.filters import complete_name
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
+from cachedb.operations.kept_sizes import sum_kept
 from cachedb.operations.least import ChosenImage, choose_least
 from cachedb.operations.policy import Limits, Policy
 from cachedb.operations.rules import RECENT_SECONDS, build_rules, run_queries
@@ -126,17 +127,18 @@ def _make_plan(
     incoming_size: int = 0,
 ) -> Plan:
     ranking = eviction.rank_images(connection, rules)
-    sizes = eviction.measure_blobs(connection, rules, ranking)
-    garbage_sizes = {"reclaimable": sizes.garbage, **files.freed}
-    total_size = sizes.stored + files.total_size
+    totals = eviction.sum_blobs(connection, rules)
+    garbage_sizes = {"reclaimable": totals.garbage_size, **files.freed}
+    total_size = totals.stored_size + files.total_size
     limit, needed_size = _find_need(database, limits, total_size, incoming_size, to_free)
     image_size = max(0, needed_size - sum(garbage_sizes.values()))  # to free by removing images
-    chosen = choose_least(connection, rules, ranking, sizes, image_size)
+    chosen = choose_least(connection, rules, ranking, image_size)
     planned = list(_describe(chosen, eviction.read_details(connection, [image.id for image in chosen]), limit))
     freed_size = planned[-1].total_freed_size if planned else 0
     kept_sizes: dict[str, int] = {}
     if freed_size < image_size:
-        kept_sizes = {_name_reason(number): size for number, size in sizes.kept.items()} | files.kept
+        kept = sum_kept(connection, rules, ranking)
+        kept_sizes = {_name_reason(number): size for number, size in kept.items()} | files.kept
     return Plan(planned, freed_size, needed_size, garbage_sizes, kept_sizes)
 
 

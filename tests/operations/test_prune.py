@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ from cachedb.disk import single_flight
 from cachedb.disk.sizes import FileSystem, measure_files
 from cachedb.index import eviction
 from cachedb.oci.manifests import OCI_LAYER, OCI_MANIFEST
-from cachedb.operations import least, prune
+from cachedb.operations import kept_sizes, least, prune
 from cachedb.operations.plan import explain_missing
 from cachedb.operations.policy import format_policy
 from tests.conftest import Run, files_of, snapshot, stored_rows
@@ -201,6 +202,7 @@ def rows_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
     st.sets(st.integers(0, 11), max_size=3),
     st.sets(st.integers(0, 11), max_size=3),
     st.integers(1, 700),
+    st.integers(1, 12),
 )
 def test_a_plan_is_the_least_recently_used_images_without_those_that_the_target_does_not_need(
     rows_only: Cache,
@@ -210,6 +212,7 @@ def test_a_plan_is_the_least_recently_used_images_without_those_that_the_target_
     kept: set[int],
     removed: set[int],
     to_free: int,
+    first_images: int,
 ) -> None:
     write_rows(rows_only.directory, images, sizes, leased)
 
@@ -224,7 +227,8 @@ def test_a_plan_is_the_least_recently_used_images_without_those_that_the_target_
         keep=tuple(Keep(names=(f"app:{number}",)) for number in sorted(kept)),
         remove=tuple(Remove(names=(f"app:{number}",)) for number in sorted(removed, reverse=True)),
     )
-    plan = rows_only.plan_prune(policy, to_free=to_free)
+    with patch.object(least, "_FIRST_IMAGES", first_images):
+        plan = rows_only.plan_prune(policy, to_free=to_free)
 
     candidates = [number for number in range(len(images)) if number not in kept]
     by_rule = [number for number in sorted(removed, reverse=True) if number in candidates]
@@ -251,8 +255,8 @@ def test_a_plan_is_the_least_recently_used_images_without_those_that_the_target_
 def test_images_that_the_target_does_not_need_stay_if_their_blobs_are_read_one_by_one(
     rows_only: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least, "_FIRST_CONTENTS", 1)
-    monkeypatch.setattr(least, "_MOST_CONTENTS", 1)
+    monkeypatch.setattr(least, "_FIRST_IMAGES", 1)
+    monkeypatch.setattr(least, "_MOST_IMAGES", 1)
     # The images free 1, 21, 11, 21 and 101 bytes in this order; the first layer dies with the last image.
     write_rows(rows_only.directory, [[0], [1], [2], [3], [0, 4]], [10, 20, 10, 20, 90, 0, 0, 0, 0, 0], set())
     plan = rows_only.plan_prune(to_free=120)
@@ -276,18 +280,15 @@ def test_a_blob_of_an_image_outside_of_the_plan_may_be_lost_to_an_image_that_sta
     assert names_of(rows_only.plan_prune(to_free=102)) == ["app:1", "app:2"]
 
 
-def test_a_plan_counts_the_blobs_of_every_batch(rows_only: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_what_stays_in_every_batch(rows_only: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     images, sizes = [[0, 9], [9], [5, 3]], [10, 0, 0, 3, 0, 60, 0, 0, 0, 90]
     write_rows(rows_only.directory, images, sizes, {5})
+    rows_only.pin("app:0", "app:1")
     expected = rows_only.plan_prune(to_free=1 << 40)
-    monkeypatch.setattr(eviction, "_BATCH_BLOBS", 1)
-    eviction._select_blobs.cache_clear()
-    try:
-        assert rows_only.plan_prune(to_free=1 << 40) == expected
-    finally:
-        eviction._select_blobs.cache_clear()
-    assert [image.freed_size for image in expected.images] == [11, 91, 1]
-    assert expected.kept_sizes["held"] == 60
+    monkeypatch.setattr(kept_sizes, "_MOST_IMAGES", 1)
+    assert rows_only.plan_prune(to_free=1 << 40) == expected
+    assert [image.freed_size for image in expected.images] == [1]
+    assert (expected.kept_sizes["pinned"], expected.kept_sizes["held"]) == (102, 60)
 
 
 # What is kept

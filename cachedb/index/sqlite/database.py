@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Select, create_engine, event
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy import Connection, Select, event
 from sqlalchemy.exc import DisconnectionError
 
 from cachedb.disk import forks, locks, processes, turns
@@ -32,7 +31,8 @@ from cachedb.index.sqlite.connection import (
     pause_before_retry,
     take_snapshot,
 )
-from cachedb.index.sqlite.errors import FAILURES, sqlite_errors, translate
+from cachedb.index.sqlite.engine import make_engine
+from cachedb.index.sqlite.errors import sqlite_errors
 from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.lookups import Lookups
 from cachedb.index.sqlite.revision import (
@@ -43,7 +43,7 @@ from cachedb.index.sqlite.revision import (
     read_own_revision,
     schema_error,
 )
-from cachedb.index.sqlite.transaction import begin, driver_of, ensure_wal, immediate, read_first, transaction
+from cachedb.index.sqlite.transaction import driver_of, ensure_wal, immediate, read_first, transaction
 from cachedb.index.tables import REVISION
 from cachedb.reentry import holding, is_held, not_reentered
 
@@ -84,7 +84,9 @@ class Database:
         self.file = IndexFile(self.path, self.directory)
         self.write_lock = self.file.write_lock
         self.access = Access(self.directory, self.path, trust=trust, search_links=path is None)
-        self._engine = self._connect()
+        self._engine = make_engine(self.path, self.directory, self._open)
+        event.listen(self._engine, "checkout", self._check_out)
+        event.listen(self._engine, "checkin", self._check_in)
         self._lookups = Lookups(self._open, self._is_current)
         self.reserve = Reserve(self.directory, lambda: self.folders)
         self.ended = False  # by `end`
@@ -101,16 +103,6 @@ class Database:
     def no_replacement(self) -> AbstractContextManager[None]:
         """Keep other processes from replacing the index in this block; a cache that is only read has no such lock."""
         return nullcontext() if self.read_only else self.file.no_replacement()
-
-    def _connect(self) -> Engine:
-        url = URL.create("sqlite", database=str(self.path))
-        # As many connections as there are threads: a thread that finds none free must not fail.
-        engine = create_engine(url, max_overflow=-1, creator=self._open)
-        event.listen(engine, "checkout", self._check_out)
-        event.listen(engine, "checkin", self._check_in)
-        event.listen(engine, "begin", begin)
-        event.listen(engine, "handle_error", self._on_error)
-        return engine
 
     def _open(self, *, read_only: bool = False) -> CacheConnection:
         """Open a connection to the index file; only `write_schema` creates that file."""
@@ -461,13 +453,6 @@ class Database:
                     driver.execute("PRAGMA foreign_keys = OFF")
             stack.enter_context(transaction(immediate(connection), turn, driver.check_memory))
             yield connection
-
-    def _on_error(self, context: ExceptionContext) -> None:
-        error = context.original_exception
-        if isinstance(error, FAILURES) and not isinstance(error, sqlite3.IntegrityError):
-            raise translate(error, self.path, self.directory) from error
-        if isinstance(error, Exception) and not isinstance(error, sqlite3.Error):
-            raise error  # from a signal handler: SQLAlchemy would wrap it as an error of the statement
 
     def only_read(self, error: StorageError) -> bool:
         """Switch to reading only, without new files, if the error is a full disk and there is an index.
