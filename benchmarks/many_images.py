@@ -47,18 +47,19 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 TIME = "2026-01-31T23:59:59.123456Z"
+TAGGED = "team/app-1:0"  # the image that the writer tags
 WRITER = """
 # Tags an image in a loop until stdin is closed, and prints the start and the duration of each call.
 import json, select, sys, time
 from cachedb import Cache
 with Cache.open(sys.argv[1]) as cache:
-    cache.tag("team/app-1:0", "writer/beside:1")
+    cache.tag(sys.argv[2], "writer/beside:1")
     print("ready", flush=True)
     waits, number = [], 0
     while not select.select([sys.stdin], [], [], 0)[0]:
         number += 1
         began = time.monotonic()
-        cache.tag("team/app-1:0", f"writer/beside:{number % 10}")
+        cache.tag(sys.argv[2], f"writer/beside:{number % 10}")
         waits.append((began, time.monotonic() - began))
 print(json.dumps(waits))
 """
@@ -74,7 +75,7 @@ def get_cache(plan: Plan, count: int) -> Path:
     directory = plan.place / f"cache-{count}"
     if not directory.exists():
         print_note(f"  writing a cache of {count} images, {count * BLOBS} blobs")
-        run_in_child(_write_cache, directory, count)
+        run_in_child(write_cache, directory, count)
     return directory
 
 
@@ -91,7 +92,7 @@ def _digest(blob: int) -> str:
     return f"sha256:{hashlib.sha256(_content(blob)).hexdigest()}"
 
 
-def _write_cache(directory: Path, count: int) -> None:
+def write_cache(directory: Path, count: int) -> None:
     from cachedb import Cache
 
     with Cache.open(directory):
@@ -432,7 +433,7 @@ def sweep(plan: Plan) -> None:
     rows = []
     for count in list_sizes(plan):
         directory = get_cache(plan, count)
-        with _run_writer(directory) as waits:
+        with run_writer(directory) as waits:
             time.sleep(2)
             began = time.monotonic()
             costs = run_in_child(_time_sweeps, directory, plan.rounds)
@@ -447,8 +448,8 @@ def sweep(plan: Plan) -> None:
                 f"{min(taken):.3f} to {max(taken):.3f}",
                 f"{statistics.median(one.cpu for one in costs):.2f}",
                 f"{max(one.peak for one in costs) / 2**20:.0f}",
-                _format_waits(before),
-                f"{_format_waits(during)} (want ≤ 100)",
+                format_waits(before),
+                f"{format_waits(during)} (want ≤ 100)",
             ]
         )
     columns = ["cache", "sweep, median s", "min to max s", "CPU s", "peak MiB"]
@@ -462,15 +463,15 @@ def _time_sweeps(directory: Path, rounds: int) -> list[Cost]:
         return [measure_cost(cache.collect_garbage) for _ in range(rounds)]
 
 
-def _format_waits(waits: list[float]) -> str:
+def format_waits(waits: list[float]) -> str:
     return f"{statistics.median(waits) * 1000:.1f}, {max(waits) * 1000:.1f}" if waits else "none"
 
 
 @contextmanager
-def _run_writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
+def run_writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
     """Run a process that writes during the block; then list the start and the duration of each write."""
     waits: list[tuple[float, float]] = []
-    command = [sys.executable, "-c", WRITER, str(directory)]
+    command = [sys.executable, "-c", WRITER, str(directory), TAGGED]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -491,7 +492,7 @@ def collect(plan: Plan) -> None:
         # Delete a quarter each time.
         run_in_child(_delete_images, directory, plan.images // 4)
         with ExitStack() as stack:
-            waits = stack.enter_context(_run_writer(directory)) if beside else []
+            waits = stack.enter_context(run_writer(directory)) if beside else []
             began = time.monotonic()
             freed, taken, holds = run_in_child(_time_collection, directory)
             ended = time.monotonic()
@@ -505,7 +506,7 @@ def collect(plan: Plan) -> None:
                 f"{taken.peak / 2**20:.0f}",
                 f"{holds[0] * 1000:.1f} (want ≤ 100)",
                 f"{holds[1] * 1000:.1f}",
-                _format_waits(during),
+                format_waits(during),
             ]
         )
         print_note(f"  {rows[-1]}")

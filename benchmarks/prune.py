@@ -1,6 +1,7 @@
-"""Measure the CPU time of plans of a prune on a large index, and compare it with a plain sum over the same index.
+"""Measure plans of a prune on a large index, and how long a writer waits beside a prune.
 
-The index is that of the reports. Plans free a part of all bytes by last use, or remove all images by a rule.
+The index of the plans is that of the reports. They free a part of all bytes by last use, or remove all images
+by a rule. They are compared with a plain sum over the same index.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import print_table, run_in_child
+from benchmarks.many_images import BLOBS, TAGGED, format_waits, run_writer, write_cache
+from benchmarks.measure import cachedb, print_table, run, run_in_child
 from benchmarks.plan import Plan
 from benchmarks.reports import write_index
 
@@ -21,12 +23,34 @@ PARTS = (0.001, 0.1, 0.2, 0.5)
 
 
 def prune(plan: Plan) -> None:
-    """Plan prunes that free more and more."""
+    """Plan prunes that free more and more, then remove a tenth of the images beside a writer."""
+    _measure_plans(plan)
+    _measure_removal(plan)
+
+
+def _measure_plans(plan: Plan) -> None:
     directory = plan.folder("prune") / "cache"
     blobs = run_in_child(write_index, directory, plan.images)
     print(f"{plan.images} images, {blobs} blobs.\n")
     columns = ["plan", "images", "CPU s, median", "min to max CPU s", "ratio"]
     print_table(columns, run_in_child(_time_plans, directory, plan.rounds))
+
+
+def _measure_removal(plan: Plan) -> None:
+    count = plan.images // 10
+    directory = plan.folder("prune-beside") / "cache"
+    run_in_child(write_cache, directory, count)
+    with run_writer(directory) as waits:
+        time.sleep(2)
+        began = time.monotonic()
+        cost = run(*cachedb("--dir", directory, "prune", "--unused-for", "1h", "--keep", TAGGED))
+        ended = time.monotonic()
+    before = [wait for moment, wait in waits if moment + wait < began]
+    during = [wait for moment, wait in waits if began <= moment + wait and moment <= ended]
+    columns = ["remove", "s", "CPU s", "a writer's wait before: median, longest ms", "and during: median, longest ms"]
+    what = f"{count - 1} images, {(count - 1) * BLOBS} blobs"
+    times = f"{cost.seconds:.1f}", f"{cost.cpu:.1f}"
+    print_table(columns, [[what, *times, format_waits(before), f"{format_waits(during)} (want ≤ 200)"]])
 
 
 def _time_plans(directory: Path, rounds: int) -> list[list[str]]:
