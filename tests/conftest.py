@@ -40,6 +40,11 @@ def pytest_configure() -> None:
     settings.load_profile("any machine")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers for `-n auto`: one more than CPUs, because tests also wait for other processes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     new_index.install(copies=item.get_closest_marker("attack") is None)
 

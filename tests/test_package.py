@@ -126,6 +126,7 @@ def names_used_of_other_modules() -> Iterator[tuple[str, str, str]]:
                 yield module, bound[node.value.id], node.attr
 
 
+@pytest.mark.slow
 def test_a_module_uses_only_names_that_another_one_offers() -> None:
     used = list(names_used_of_other_modules())
     assert ("cachedb.cache", "cachedb.errors", "CacheError") in used

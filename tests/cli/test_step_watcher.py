@@ -43,6 +43,7 @@ def wait_until_it_computes(process: subprocess.Popen[str]) -> None:
     assert wait_until(lambda: cpu_seconds(process.pid) >= begun + 0.5)
 
 
+@pytest.mark.slow
 def test_a_query_that_is_stuck_ends_after_its_time(directory: Path) -> None:
     Cache.open(directory).close()
     with begin_query(directory, "--timeout", "1s") as process:
@@ -54,6 +55,7 @@ def test_a_query_that_is_stuck_ends_after_its_time(directory: Path) -> None:
     assert error == "cachedb: the query took over 1 s: narrow it, or give it more time\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "message"), [(signal.SIGINT, "cachedb: interrupted\n"), (signal.SIGTERM, "")])
 def test_a_query_that_is_stuck_ends_on_a_signal(directory: Path, number: signal.Signals, message: str) -> None:
     Cache.open(directory).close()
@@ -115,6 +117,7 @@ def test_a_query_runs_where_no_thread_can_be_started() -> None:
     assert run_python(f"{script}    print(list(watcher.watch_rows(iter(range(3)))))\n") == "[0, 1, 2]\n"
 
 
+@pytest.mark.slow
 def test_a_closed_stderr_does_not_keep_a_stuck_query(directory: Path) -> None:
     Cache.open(directory).close()
     with begin_query(directory, "--timeout", "1s") as process:

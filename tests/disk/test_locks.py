@@ -393,6 +393,7 @@ def is_stopped(process: int) -> bool:
     return read_state(process) == "T"
 
 
+@pytest.mark.slow
 def test_dead_and_stopped_waiters_are_passed_over(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         waiting = {name: queue.ask(name) for name in "abcdefghijkl"}

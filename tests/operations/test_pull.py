@@ -849,6 +849,7 @@ def test_a_request_whose_connection_is_closed_is_retried(cache: Cache, remote: R
     assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
+@pytest.mark.slow
 def test_a_download_that_is_too_slow_fails(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_MINUTE", 0.2)
     remote.fault(change_answer(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)

@@ -104,6 +104,7 @@ with Cache.open(sys.argv[1]) as cache:
     assert_open_to_group(shared)
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_users_outside_the_group_are_refused(shared: Path) -> None:
     before = content(shared)
@@ -176,6 +177,7 @@ with Cache.open(sys.argv[1], damaged=True) as cache:
     )
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_the_replaced_index_in_quarantine_belongs_to_the_group(shared: Path) -> None:
     run_python(

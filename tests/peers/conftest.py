@@ -13,6 +13,13 @@ from tests.support.promises import check
 from tests.support.registries import REGISTRIES, docker_registry
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark these tests as slow: other tools take their time."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def cache(directory: Path) -> Iterator[Cache]:
     """Open a cache, and check its promises at the end."""

@@ -56,6 +56,7 @@ def test_a_command_has_the_same_output_and_exit_code(both: Run, archive: Path, w
     assert both(*words).returncode == code
 
 
+@pytest.mark.slow
 def test_a_command_reads_stdin_and_writes_bytes(both: Run, archive: Path) -> None:
     assert both("import", "-q", "-", input=archive.read_bytes()).stdout == b"app:1\n"
     with archive.open("rb") as file:

@@ -645,6 +645,7 @@ def test_a_size_may_be_in_base_256_or_in_a_pax_header(cache: Cache) -> None:
 # Refused tars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [tiny_docker(), tiny_oci()], ids=["docker", "oci"])
 def test_an_archive_that_is_cut_short_anywhere_is_refused_unless_only_its_end_is_missing(
     unchanged: Cache, tmp_path: Path, files: dict[str, bytes]

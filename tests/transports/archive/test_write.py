@@ -605,6 +605,7 @@ def test_an_export_waits_for_another_only_as_long_as_the_cache_allows(
     assert os.listdir(locked_layout) == []
 
 
+@pytest.mark.slow
 def test_an_export_waits_longer_while_the_other_one_makes_progress(
     directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
