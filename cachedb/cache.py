@@ -1054,19 +1054,26 @@ class Cache:
         return verify(self._database, self._session, quick=quick, repair=repair, left=leftovers, progress=progress)
 
     def adopt(
-        self, directory: str | os.PathLike[str], *, how: How = "copy", progress: Progress | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        how: How = "copy",
+        ttl: float | None = None,
+        progress: Progress | None = None,
     ) -> Adoption:
         """Adopt the named images and the blobs of an older cache that has one ``index.json``.
 
         Intact content is adopted, some images in each transaction; the result lists the rest. Every new blob is
         verified. An image that lacks a blob is incomplete afterwards. A name that points to another image in this cache
-        stays as it is. Adopting again changes nothing.
+        stays as it is. Adopting again changes nothing but lifetimes.
 
         Args:
             directory: the directory of the older cache.
             how: ``copy``, ``link`` or ``move``. ``link`` makes hard links where the file system allows them; nobody may
                 write to the older cache afterwards. ``move`` deletes adopted files from the older cache once all of
                 them are stored here.
+            ttl: seconds after which `prune` removes the images, also those that were here already; None lets them stay,
+                even if they had a lifetime before.
             progress: called with the bytes read so far and the total.
 
         Raises:
@@ -1077,11 +1084,12 @@ class Cache:
 
         check_paths(directory=directory)
         check_functions(progress=progress)
+        check_lifetime(ttl=ttl)
         if how not in HOWS:
             raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
         room = self._room
         room.prepare()
-        adopted = adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
+        adopted = adopt(self._database, self._session, Path(directory).absolute(), how=how, ttl=ttl, progress=progress)
         room.keep_limits([image.name for image in adopted.images])
         return adopted
 

@@ -17,6 +17,7 @@ from cachedb.cli.options import (
     format_option,
     output_options,
     quiet_option,
+    ttl_option,
 )
 from cachedb.cli.output import print_collected, print_json, print_table
 from cachedb.cli.progress import show_progress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cachedb.disk.folders import Leftover
     from cachedb.index.filters import Filters
     from cachedb.oci.names import Name
+    from cachedb.operations.adopt import How
     from cachedb.reports.usage import Share, Usage
 
 __all__ = []
@@ -53,7 +55,10 @@ def init(shared: str | None) -> None:
 
 @click.command(
     epilog=format_examples(
-        "cachedb adopt ~/old/.cache", "cachedb adopt --link ~/old/.cache", "cachedb adopt --move .cache"
+        "cachedb adopt ~/old/.cache",
+        "cachedb adopt --link ~/old/.cache",
+        "cachedb adopt --move .cache",
+        "cachedb adopt --ttl 7d ~/old/.cache",
     )
 )
 @click.argument("directory", metavar="DIR", type=click.Path())
@@ -61,19 +66,21 @@ def init(shared: str | None) -> None:
     "--link", is_flag=True, help="Hard-link blobs where the file system allows it. Do not write to DIR afterwards."
 )
 @click.option("--move", is_flag=True, help="Delete the adopted files from DIR once all of them are in the cache.")
+@ttl_option
 @format_option
 @quiet_option("the images' names")
-def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> None:
+def adopt(directory: str, link: bool, move: bool, ttl: int | None, form: str, quiet: bool) -> None:
     """Import the images of an older cache that has one index.json.
 
     DIR contains manifests/REPOSITORY/REFERENCE, blobs/sha256/HEX and index.json; parts may be missing. Intact content
     is adopted. The rest is listed, and the exit code is then 1. DIR is not changed without --move. A name that this
-    cache already uses for another image keeps that image. Adopting again changes nothing.
+    cache already uses for another image keeps that image. Adopting again changes nothing but lifetimes.
     """
     if link and move:
         raise click.UsageError("--link and --move exclude each other: give one of them")
     with open_cache(create=True) as cache, show_progress("adopting", quiet=quiet) as progress:
-        found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
+        how: How = "link" if link else "move" if move else "copy"
+        found = cache.adopt(directory, how=how, ttl=ttl, progress=progress)
     if form == "json":
         left_out = [item._asdict() for item in found.left_out]
         images = [describe_image(image) for image in found.images]

@@ -43,6 +43,7 @@ from cachedb.index.images import (
     read_root,
     select_images_waiting_for,
 )
+from cachedb.index.lifetimes import add_seconds
 from cachedb.index.records import BlobRow
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
@@ -212,13 +213,16 @@ def find_stored_part(connection: Connection, directory: Path, name: Name, digest
     return {blob.digest for blob in read_image_blobs(connection, directory, found.id) if blob.stored}
 
 
-def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -> dict[Name, InvalidManifest]:
+def save_new(
+    connection: Connection, directory: Path, new: Iterable[NewImage], *, ttl: float | None = None
+) -> dict[Name, InvalidManifest]:
     """Save images under names that the index lacks, in a few statements for all of them.
 
     Args:
         connection: in a write transaction.
         directory: of the cache.
         new: the images; a name with a digest must have the digest of its image.
+        ttl: seconds until the names expire; None for never.
 
     Returns:
         The images that were not saved because a manifest of their closure is invalid, with the error.
@@ -243,7 +247,7 @@ def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -
             del contents[name]
     if contents:
         _add_rows(connection, (blob for found in contents.values() for blob in found), known)
-        _insert_new(connection, directory, [wanted[name] for name in contents], contents, known)
+        _insert_new(connection, directory, [wanted[name] for name in contents], contents, known, ttl)
     return refused
 
 
@@ -253,14 +257,16 @@ def _insert_new(
     new: list[NewImage],
     contents: dict[Name, list[Descriptor]],
     known: dict[Digest, BlobRow],
+    ttl: float | None,
 ) -> None:
     now = datetime.now(UTC)
+    times = {"added_at": now, "last_used_at": now, "expires_at": add_seconds(now, ttl)}
     rows, wanted, labels, platforms = [], {}, {}, {}
     for image in new:
         wanted[image.name] = _associations(contents[image.name], known)
         description = _describe(directory, wanted[image.name])
         values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **description.values}
-        rows.append({**image.name._asdict(), **values, "added_at": now, "last_used_at": now})
+        rows.append({**image.name._asdict(), **values, **times})
         labels[image.name], platforms[image.name] = description.labels, description.platforms
     connection.execute(build_images_insert(), rows)
     ids = {name: row.id for name, row in look_up_all(connection, wanted).items()}

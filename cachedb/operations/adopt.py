@@ -31,6 +31,7 @@ from cachedb.errors import (
     ignore_os_errors,
     os_errors,
 )
+from cachedb.index import lifetimes
 from cachedb.index.images import look_up, look_up_all, read_image_blobs, read_images
 from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.batches import split_batches
@@ -74,7 +75,13 @@ class Adoption(NamedTuple):
 
 
 def adopt(
-    database: Database, session: Session, directory: Path, *, how: How = "copy", progress: Progress | None = None
+    database: Database,
+    session: Session,
+    directory: Path,
+    *,
+    how: How = "copy",
+    ttl: float | None = None,
+    progress: Progress | None = None,
 ) -> Adoption:
     """Adopt an older cache whose index is one ``index.json``; blobs already stored are not read again.
 
@@ -83,6 +90,7 @@ def adopt(
         session: the session that receives the blobs.
         directory: the older cache.
         how: one of `HOWS`; ``move`` deletes adopted files from the directory at the end.
+        ttl: seconds until the names expire, whether they were here or not; None for never.
         progress: called with the bytes of blobs done and the total.
 
     Raises:
@@ -90,16 +98,22 @@ def adopt(
         NotOurs: for ``move``, if the directory belongs to another user, or a folder in it leads out of it.
         StorageError: if the directory cannot be listed, or this cache cannot be written.
     """
-    return _Adopter(database, session, OldCache(directory, database.directory), how, progress).run()
+    return _Adopter(database, session, OldCache(directory, database.directory), how, ttl, progress).run()
 
 
 class _Adopter:
     """The state of one adoption."""
 
     def __init__(
-        self, database: Database, session: Session, old: OldCache, how: How, progress: Progress | None
+        self,
+        database: Database,
+        session: Session,
+        old: OldCache,
+        how: How,
+        ttl: float | None,
+        progress: Progress | None,
     ) -> None:
-        self._database, self._session, self._old, self._how = database, session, old, how
+        self._database, self._session, self._old, self._how, self._ttl = database, session, old, how, ttl
         self._advance = sum_progress(sum(old.blobs.values()), progress)
         self._guard = threading.Lock()
         self._counted: set[Digest] = set()  # blobs already counted in the progress
@@ -110,6 +124,7 @@ class _Adopter:
         self._unwanted: set[Digest] = set()  # blobs of images that are left out
         self._new: dict[Digest, int] = {}  # new blobs and their sizes in bytes
         self._names: set[Name] = set()  # of images now in both caches
+        self._settled: dict[Name, Digest] = {}  # of these, the images that were complete here
 
     def run(self) -> Adoption:
         if self._how == "move":
@@ -126,8 +141,7 @@ class _Adopter:
             if digest not in reported:
                 self._leave_out(kind, None, detail, digest)
         self._leave_out_lost()
-        with self._database.read() as connection:
-            found = [image for image in read_images(connection) if image.name in self._names]
+        found = self._set_lifetimes(self._read_adopted())
         if self._how == "move":
             self._delete_adopted()
         unused = len(self._new) - used
@@ -188,6 +202,7 @@ class _Adopter:
         if not {blob.digest for blob in contents if blob.stored}.issuperset([image.digest, *image.wanted]):
             return False
         self._names.add(image.name)
+        self._settled[image.name] = image.digest
         self._record_stored(image.wanted)
         return True
 
@@ -271,11 +286,12 @@ class _Adopter:
         ours = self._database.directory
         here = look_up_all(connection, [image.name for image in part])
         rest = [image for image in part if image.name not in here or not self._is_settled(connection, image)]
-        refused = save_new(connection, ours, [_to_new_image(image) for image in rest if image.name not in here])
+        new = [_to_new_image(image) for image in rest if image.name not in here]
+        refused = save_new(connection, ours, new, ttl=self._ttl)
         for image in rest:
             if image.name in here:  # its image is incomplete
                 try:
-                    save_image(connection, ours, image.name, image.digest, image.media_type)
+                    save_image(connection, ours, image.name, image.digest, image.media_type, ttl=self._ttl)
                 except InvalidManifest as error:
                     refused[image.name] = error
             if image.name in refused:
@@ -306,9 +322,28 @@ class _Adopter:
                 contents = read_image_blobs(connection, self._database.directory, found.id) if found else []
                 if found and {blob.digest for blob in contents if blob.stored}.issuperset(read_blobs(entry)):
                     self._names.add(name)
+                    self._settled[name] = found.digest
                     continue
             detail = "index.json names the image, but its manifest is missing"
             self._left_out.append(LeftOut("missing", str(name), None, path, detail))
+
+    def _read_adopted(self) -> list[ImageInfo]:
+        with self._database.read() as connection:
+            return [image for image in read_images(connection) if image.name in self._names]
+
+    def _set_lifetimes(self, found: list[ImageInfo]) -> list[ImageInfo]:
+        """Set when the images expire that were complete here; return all images with their lifetimes."""
+        changed = [
+            image.name
+            for image in found
+            if image.name in self._settled and not (self._ttl is None and image.expires_at is None)
+        ]
+        for names in split_batches(changed):
+            with self._database.write() as connection:
+                for name, row in look_up_all(connection, names).items():
+                    if row.digest == self._settled[name]:
+                        lifetimes.set_lifetime(connection, row.id, self._ttl)
+        return self._read_adopted() if changed else found
 
     def _delete_adopted(self) -> None:
         """Delete the adopted files from the older cache, including those of an interrupted adoption."""

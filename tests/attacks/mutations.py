@@ -368,6 +368,13 @@ MUTATIONS = [
     Mutation("a prune by lifetimes refuses no other filter", "cachedb/cli/prune.py", "    others = (filters.base, filters.digest, filters.pinned, filters.expired)\n", "    others = (filters.base, filters.digest)\n", "tests/cli/test_prune.py -k wrong_usage"),
     Mutation("a filter selects pinned images", "cachedb/index/filters.py", "    if filters.pinned is not None:\n", "    if False:\n", "tests/index/test_filters.py -k pinned"),
     Mutation("an image without a lifetime has not expired", "cachedb/index/lifetimes.py", "IMAGES.c.expires_at.is_not(None) & (IMAGES.c.expires_at <= datetime.now(UTC))", "IMAGES.c.expires_at <= datetime.now(UTC)", "tests/index/test_filters.py -k pinned"),
+    Mutation("an adopted image gets the lifetime that is given", "cachedb/operations/adopt.py", "save_new(connection, ours, new, ttl=self._ttl)", "save_new(connection, ours, new)", "tests/operations/test_adopt.py -k meanwhile_keeps_its_lifetime"),
+    Mutation("an image that is adopted to completion gets a new lifetime", "cachedb/operations/adopt.py", "image.media_type, ttl=self._ttl)", "image.media_type)", "tests/operations/test_adopt.py -k 'anew and incomplete'"),
+    Mutation("an adoption sets the lifetime of an image that is here", "cachedb/operations/adopt.py", "        found = self._set_lifetimes(self._read_adopted())\n", "        found = self._read_adopted()\n", "tests/operations/test_adopt.py -k 'anew and complete'"),
+    Mutation("an adoption sets the lifetime of an image that only index.json names", "cachedb/operations/adopt.py", "                    self._settled[name] = found.digest\n", "", "tests/operations/test_adopt.py -k 'anew and manifest'"),
+    Mutation("an adoption leaves other images of a name alone", "cachedb/operations/adopt.py", "                    if row.digest == self._settled[name]:\n", "                    if True:\n", "tests/operations/test_adopt.py -k meanwhile_keeps_its_lifetime"),
+    Mutation("an adoption without lifetimes uses no image", "cachedb/operations/adopt.py", " and not (self._ttl is None and image.expires_at is None)", "", "tests/operations/test_adopt.py -k again_uses"),
+    Mutation("a lifetime of an adoption is checked", "cachedb/cache.py", "        check_lifetime(ttl=ttl)\n        if how not in HOWS:\n", "        if how not in HOWS:\n", "tests/index/test_lifetimes.py -k meaning"),
     Mutation("a dry run of a pull has no lifetime", "cachedb/cli/registries.py", " or ttl is not None):\n", "):\n", "tests/operations/test_pull.py -k dry_run"),
     # Changes by other programs
     Mutation("a writer puts WAL mode back", "cachedb/index/sqlite/database.py", "                ensure_wal(driver)\n", "", "tests/operations/test_verify.py -k wal"),

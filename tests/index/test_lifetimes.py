@@ -71,6 +71,8 @@ def test_a_lifetime_without_a_meaning_is_refused_before_anything_is_saved(cache:
             store(cache, ttl)
     with pytest.raises(CacheError, match="give seconds"):
         cache.pull("localhost:1/app:1", ttl=ttl)
+    with pytest.raises(CacheError, match="give seconds"):
+        cache.adopt("nowhere", ttl=ttl)
     assert cache.list_names() == []
 
 

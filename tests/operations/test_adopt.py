@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Adoption, Cache, CacheError, NotACache, StorageError
+from cachedb import Adoption, Cache, CacheError, ImageInfo, NotACache, StorageError
 from cachedb.oci.manifests import OCI_MANIFEST
 from cachedb.operations import adopt
 from cachedb.operations.adopt import How
@@ -691,3 +692,64 @@ def test_an_image_written_by_skopeo_keeps_its_digest(
     command = [skopeo, "inspect", "--format", "{{.Digest}}", f"oci-archive:{tmp_path / 'hello.tar'}"]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     assert found == make.digest_of((plain / "manifest.json").read_bytes())
+
+
+# Lifetimes
+
+
+@pytest.mark.parametrize("state", ["complete", "incomplete", "without its manifest"])
+def test_each_adoption_of_a_name_decides_anew_when_it_expires(cache: Cache, old: Path, state: str) -> None:
+    if state == "incomplete":
+        blob_path(old, FIRST.layers[1]).unlink()
+    for ttl in (3600, 60, None):
+        if state == "without its manifest" and ttl == 60:
+            (old / "manifests" / "app" / "1").unlink()
+        before = datetime.now(UTC)
+        found = cache.adopt(old, ttl=ttl)
+        assert [str(image.name) for image in found.images] == NAMES
+        for image in found.images:
+            assert image == cache.get_image(image.name)
+            if ttl is None:
+                assert image.expires_at is None
+            else:
+                assert image.expires_at is not None
+                assert before <= image.expires_at - timedelta(seconds=ttl) <= datetime.now(UTC)
+
+
+def test_a_name_that_is_another_image_or_becomes_one_meanwhile_keeps_its_lifetime(
+    cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_other(name: str) -> ImageInfo:
+        other = make.image(7)
+        for digest, data in other.blobs.items():
+            cache.save_blob(digest, data)
+        return cache.save_manifest(name, other.manifest)
+
+    save_other("app:2")
+    adopted = cache.adopt(old, ttl=3600)
+    assert list_left_out(adopted) == [("exists", "app:2")]
+    assert cache.get_image("app:2").expires_at is None
+    assert cache.get_image("app:1").expires_at is not None
+    real = adopt._Adopter._set_lifetimes
+
+    def replace_first(self: adopt._Adopter, found: list[ImageInfo]) -> list[ImageInfo]:
+        save_other("app:1")
+        return real(self, found)
+
+    monkeypatch.setattr(adopt._Adopter, "_set_lifetimes", replace_first)
+    cache.adopt(old, ttl=60)
+    assert cache.get_image("app:1").expires_at is None
+
+
+def test_adopting_again_uses_no_image_without_lifetimes(cache: Cache, old: Path) -> None:
+    first = cache.adopt(old)
+    assert cache.adopt(old).images == first.images
+
+
+def test_the_command_adopt_gives_a_lifetime(cachedb: Run, directory: Path, old: Path) -> None:
+    before = datetime.now(UTC)
+    assert cachedb("adopt", "--ttl", "6h", old).returncode == 0
+    with Cache.open(directory) as opened:
+        expiry = opened.get_image("app:1").expires_at
+    assert expiry is not None
+    assert before <= expiry - timedelta(hours=6) <= datetime.now(UTC)
