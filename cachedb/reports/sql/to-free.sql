@@ -1,7 +1,12 @@
--- The least recently used images whose removal frees a number of bytes; each row adds to the rows before it.
+-- The least recently used images, neither pinned nor held, that free a number of bytes; each row adds to those before.
 -- :size:size
-WITH ranked AS MATERIALIZED (
-    SELECT id, row_number() OVER (ORDER BY last_used_at, id) AS place FROM images
+WITH marked AS (
+    SELECT i.id, i.last_used_at,
+        i.pinned_at IS NOT NULL OR m.digest IN (SELECT digest FROM leases) AS is_kept
+    FROM images AS i CROSS JOIN blobs AS m ON m.id = i.manifest_id
+), ranked AS MATERIALIZED (
+    -- What is kept comes last, so no other image frees its blobs.
+    SELECT id, is_kept, row_number() OVER (ORDER BY is_kept, last_used_at, id) AS place FROM marked
 ), deaths AS (
     -- Removal frees a blob with the last of the images that have it.
     SELECT o.blob_id, max(r.place) AS place
@@ -14,7 +19,7 @@ WITH ranked AS MATERIALIZED (
         AND b.id NOT IN (SELECT h.id FROM leases AS l CROSS JOIN blobs AS h ON h.digest = l.digest)
     GROUP BY d.place
 ), running AS (
-    SELECT r.id, r.place, coalesce(f.size, 0) AS size, sum(coalesce(f.size, 0)) OVER (ORDER BY r.place) AS total
+    SELECT r.id, r.is_kept, r.place, coalesce(f.size, 0) AS size, sum(coalesce(f.size, 0)) OVER (ORDER BY r.place) AS total
     FROM ranked AS r LEFT JOIN freed AS f ON f.place = r.place
 )
 SELECT
@@ -23,5 +28,5 @@ SELECT
     r.size AS freed_size,
     r.total AS total_freed_size
 FROM running AS r CROSS JOIN images AS i ON i.id = r.id
-WHERE r.total - r.size < :size
+WHERE NOT r.is_kept AND r.total - r.size < :size
 ORDER BY r.place
