@@ -15,7 +15,6 @@ from cachedb.cli.options import (
     NAME,
     DurationParameter,
     Output,
-    SizeParameter,
     format_examples,
     format_option,
     quiet_option,
@@ -40,17 +39,17 @@ __all__ = []
 
 
 class _LimitParameter(_Parameter):
-    """The value of a limit, as the policy has it: a percentage, or a percentage or size."""
+    """The value of a limit, as the policy has it: a percentage, a size, or one of both."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        from cachedb.operations.policy import parse_free_space, parse_percentage
+        from cachedb.operations.policy import parse_disk_size, parse_free_space, parse_percentage
 
-        parse = parse_percentage if self.name == "percentage" else parse_free_space
+        parsers = {"percentage": parse_percentage, "size": parse_disk_size, "percentage or size": parse_free_space}
         try:
-            return parse(value)
+            return parsers[self.name](value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -83,7 +82,9 @@ class _Wishes(NamedTuple):
         "cachedb prune --explain app:1",
     )
 )
-@click.option("--max-size", metavar="SIZE", type=SizeParameter(), help="The most bytes of all files of the cache.")
+@click.option(
+    "--max-size", metavar="SIZE", type=_LimitParameter("size"), help="The most bytes of all files of the cache."
+)
 @click.option(
     "--min-free",
     metavar="PERCENT|SIZE",
@@ -96,7 +97,7 @@ class _Wishes(NamedTuple):
     type=_LimitParameter("percentage"),
     help="If the cache exceeds --max-size, go down to this part of it.  [default: 100%]",
 )
-@click.option("--to-free", metavar="SIZE", type=SizeParameter(), help="Free at least so many bytes now.")
+@click.option("--to-free", metavar="SIZE", type=_LimitParameter("size"), help="Free at least so many bytes now.")
 @click.option(
     "--unused-for", metavar="TIME", type=DurationParameter(), help="Remove images that were not used for TIME."
 )

@@ -30,6 +30,7 @@ __all__ = [
     "Remove",
     "check_policy",
     "format_policy",
+    "parse_disk_size",
     "parse_free_space",
     "parse_name_or_pattern",
     "parse_percentage",
@@ -42,6 +43,8 @@ EXPRESSION: Final = "re:"
 
 QUERY_SECONDS = 60.0
 """The longest time that a query of a rule may take."""
+
+_LEAST_PLAIN_BYTES = 1_000_000  # a limit of less must have a unit
 
 
 T = TypeVar("T")
@@ -234,11 +237,24 @@ def _parse_texts(value: object) -> list[str]:
     return [_parse_text(text) for text in value] if isinstance(value, list) else [_parse_text(value)]
 
 
-def _parse_size(value: object) -> int:
+def parse_disk_size(value: object) -> int:
+    """Parse a size such as ``200GB`` into bytes.
+
+    Raises:
+        ValueError: if it is not one, or a small number without a unit.
+    """
     size = parse_size(value) if isinstance(value, str) else None
     if size is None:
         raise ValueError(f'{shorten(value)} is not a size: write one as in "200GB" or "64GiB"')
+    _check_unit(value, '"{}GB"')
     return size
+
+
+def _check_unit(value: object, examples: str) -> None:
+    """Raise if a size is a small number without a unit: programs write plain bytes, but people forget the unit."""
+    number = str(value).strip()
+    if re.fullmatch(r"[0-9.]+", number) and 0 < float(number) < _LEAST_PLAIN_BYTES:
+        raise ValueError(f'{number!r} has no unit: write {examples.format(number)}, or "{number}B" for bytes')
 
 
 def _find_fraction(text: object) -> float | None:
@@ -262,12 +278,14 @@ def parse_free_space(value: object) -> int | float:
     """Parse a percentage into a fraction, or a size such as ``20GB`` into bytes.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is neither, or a small number without a unit.
     """
     fraction = _find_fraction(value)
     size = parse_size(value) if isinstance(value, str) and fraction is None else fraction
     if size is None:
         raise ValueError(f'{shorten(value)} is neither a percentage nor a size: write one as in "15%" or "20GB"')
+    if fraction is None:
+        _check_unit(value, '"{0}%" or "{0}GB"' if size <= 100 else '"{}GB"')
     return size
 
 
@@ -334,7 +352,7 @@ def _parse_platform(value: object) -> str:
 
 
 _LIMIT_KEYS: Final[Mapping[str, _Parser]] = {
-    "max-size": _parse_size,
+    "max-size": parse_disk_size,
     "min-free": parse_free_space,
     "down-to": parse_percentage,
 }

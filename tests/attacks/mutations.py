@@ -734,6 +734,10 @@ MUTATIONS = [
     Mutation("an export is synced before it gets its name", "cachedb/disk/durable.py", "            os.fsync(file.fileno())\n            if", "            if", "tests/transports/archive/test_write.py"),
     # Policies
     Mutation("a rule without conditions is refused", "cachedb/operations/policy.py", "        if not table:\n", "        if False:\n", "tests/operations/test_policy.py -k mistake"),
+    Mutation("a small limit has a unit", "cachedb/operations/policy.py", "    _check_unit(value, '\"{}GB\"')\n", "", "tests/operations/test_policy.py -k mistake"),
+    Mutation("a small free space has a unit", "cachedb/operations/policy.py", "    if fraction is None:\n        _check_unit", "    if False:\n        _check_unit", "tests/operations/test_policy.py -k mistake"),
+    Mutation("a limit may be a large number of bytes", "cachedb/operations/policy.py", " < _LEAST_PLAIN_BYTES:", ":", "tests/cli/test_prune.py -k in_bytes"),
+    Mutation("a size to free has a unit", "cachedb/cli/prune.py", '"--to-free", metavar="SIZE", type=_LimitParameter("size")', '"--to-free", metavar="SIZE", type=int', "tests/cli/test_prune.py -k 'wrong_usage or in_bytes'"),
     Mutation("a part of no limit is refused", "cachedb/operations/policy.py", "if \"down-to\" in limits and parsed.max_size is None:", "if False:", "tests/operations/test_policy.py -k mistake"),
     Mutation("an unknown key of a policy is refused", "cachedb/operations/policy.py", "            raise _Mistake(f\"unknown key {shorten(key)}: use {_list_keys(keys)}\", *path, key)\n", "            continue\n", "tests/operations/test_policy.py -k mistake"),
     Mutation("an unknown table of a policy is refused", "cachedb/operations/policy.py", "if key not in (\"limits\", \"keep\", \"remove\"):", "if False:", "tests/operations/test_policy.py -k mistake"),

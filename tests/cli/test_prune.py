@@ -69,6 +69,10 @@ def test_an_age_of_the_options_is_that_of_a_rule() -> None:
         ("--down-to 50%", "--down-to is a part of --max-size, which is missing: add --max-size"),
         ("--max-size much", "'much' is not a size"),
         ("--min-free 101%", "'101%' is neither a percentage nor a size: write one as in"),
+        ("--max-size 15", """'15' has no unit: write "15GB", or "15B" for bytes"""),
+        ("--to-free 1.5", """'1.5' has no unit: write "1.5GB", or "1.5B" for bytes"""),
+        ("--min-free 15", """'15' has no unit: write "15%" or "15GB", or "15B" for bytes"""),
+        ("--min-free 999999", """'999999' has no unit: write "999999GB", or "999999B" for bytes"""),
         ("--max-size 1GB --down-to 1GB", "'1GB' is not a percentage: write one as in"),
         ("--unused-for 7", "'7' is not a duration"),
         (
@@ -234,7 +238,7 @@ def test_explain_says_what_keeps_an_image_or_would_remove_it(filled: Cache, cach
 
 def test_a_query_that_fails_is_an_error_in_its_line_of_the_policy(filled: Cache, cachedb: Run) -> None:
     (filled.directory / POLICY_FILE).write_text(f'{JUST_USED}[[remove]]\nsql = "SELECT nothing FROM image_usage"\n')
-    for options in ("--dry-run", "--to-free=1", "--explain=app:1"):
+    for options in ("--dry-run", "--to-free=1B", "--explain=app:1"):
         done = cachedb("prune", options)
         assert done.returncode == 2
         assert done.stderr.startswith("cachedb: policy.toml, line 4: sql: ")
@@ -262,9 +266,19 @@ def test_a_prune_of_a_read_only_file_system_fails_in_one_line_and_changes_nothin
     before = snapshot(filled.directory)
     with mounted(tmp_path / "view", "--bind", filled.directory) as view:
         subprocess.run(["mount", "-o", "remount,bind,ro", view], check=True)
-        for options in (["--unused-for", "0s"], ["--to-free", "1"], ["--apply", plan]):
+        for options in (["--unused-for", "0s"], ["--to-free", "1B"], ["--apply", plan]):
             done = cachedb("--dir", view, "prune", *options)
             assert (done.returncode, done.stdout) == (1, "")
             assert re.fullmatch(r"cachedb: .* can only be read: .*\n", done.stderr), done.stderr
         assert cachedb("--dir", view, "prune", "--unused-for", "0s", "--dry-run", "-q").stdout == "app:1\napp:2\n"
     assert snapshot(filled.directory) == before
+
+
+@pytest.mark.parametrize("option", ["--max-size", "--min-free", "--to-free"])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1000000", 10**6), ("15B", 15), ("1kB", 1000), ("0B", 0), ("0", 0), ("0.0", 0), ("1 GiB", 1024**3)],
+)
+def test_a_limit_in_bytes_has_a_unit_or_is_large_or_0(option: str, text: str, size: int) -> None:
+    (parameter,) = (found for found in prune.prune.params if option in found.opts)
+    assert parameter.type.convert(text, None, None) == size

@@ -81,6 +81,8 @@ def test_each_value_can_be_written_in_each_of_its_forms() -> None:
         ('[[remove]]\nused-within = "7d"', 2, "unknown key 'used-within': use names, .* or incomplete"),
         ("[limits]\nmax-size = 200", 2, "max-size: 200 is not a size"),
         ('[limits]\nmax-size = "much"', 2, "max-size: 'much' is not a size"),
+        ('[limits]\nmax-size = "15"', 2, """max-size: '15' has no unit: write "15GB", or "15B" for bytes"""),
+        ('[limits]\nmin-free = " 15"', 2, """min-free: '15' has no unit: write "15%" or "15GB", or "15B" for bytes"""),
         ('[limits]\nmin-free = "101%"', 2, "min-free: '101%' is neither a percentage nor a size"),
         ("[limits]\nmin-free = 0.15", 2, "min-free: 0.15 is neither a percentage nor a size"),
         ('[limits]\nmax-size = "1GB"\ndown-to = "0%"', 3, "down-to: '0%' is not a percentage"),
