@@ -19,7 +19,7 @@ from tests.support import make
 from tests.test_closing import ARGUMENTS, call, list_public_methods
 
 WRONG: list[Any] = [None, 3, 1.5, True, b"app:1", ["app:1"], {"app": 1}, object(), io.StringIO("text")]
-# The types of these values that a parameter accepts.
+# By parameter: the types in WRONG that it accepts.
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "data": (bytes,),
     "prefix": (str,),

@@ -89,7 +89,7 @@ def test_an_interrupt_is_raised_even_if_its_signal_did_not_end_the_wait() -> Non
     def work(_: int, __: Advance) -> None:
         while sys._current_frames()[caller].f_code is not threads._get.__code__:
             time.sleep(0)
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # so the caller's wait goes on
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # to this thread, so the caller keeps waiting
         in_time.append(interrupted.wait(10))
 
     before = signal.signal(signal.SIGUSR1, interrupt)

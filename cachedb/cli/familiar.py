@@ -51,7 +51,7 @@ _SAME = {
     "auth login": "login",
     "auth logout": "logout",
 }
-"""Commands of other tools, and the word with the same meaning: a command, or a key of the tables below."""
+"""Commands of other tools, and the words that replace them: a command, or a key of the tables below."""
 
 _LOGIN = "`cachedb pull` and `cachedb push` use the logins of podman, Docker and skopeo: run `skopeo login`"
 _NO_CONTAINERS = "cachedb runs no containers: use `cachedb export NAME - | docker load`, then docker"
@@ -117,7 +117,7 @@ _OTHERS = {
     "image": "use `cachedb ls`, `cachedb show`, `cachedb rm` or another command of `cachedb --help`",
     "system": "use `cachedb df`, `cachedb gc` or `cachedb verify`",
 }
-"""Commands of other tools, and what to use instead. A key of two words goes before one of one word."""
+"""Commands of other tools, and what to use instead. A key of two words takes precedence over one of one word."""
 
 _OPTIONS = {
     ("ls", "--no-trunc"): "use `cachedb ls --format json`, which prints whole digests",
@@ -132,9 +132,9 @@ _OPTIONS = {
     ("verify", "--remote"): "use `cachedb pull NAME`, which verifies every blob",
     ("show", "--no-trunc"): "use `cachedb show --format json NAME`, which cuts nothing",
 }
-"""Options of other tools by our command, and what to use instead."""
+"""Our command and an option that other tools give it, and what to use instead."""
 
-_OURS_TOO = {"manifest"}  # first words that are commands of ours: their second word may be an image's name
+_OURS_TOO = {"manifest"}  # first words that are also commands of ours: an image's name may follow them
 _ARCHIVE = re.compile(r"\.(tar|tgz|tar\.\w+)$")
 _TRANSPORT = re.compile(r"(docker|oci|oci-archive|docker-archive|dir|docker-daemon|containers-storage):")
 

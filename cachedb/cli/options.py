@@ -319,7 +319,7 @@ row_format_option = click.option(
     default="table",
     show_default=True,
     help="How to print the rows. ndjson, csv, tsv and markdown print each row as soon as it is found. In csv and tsv, "
-    "text that a spreadsheet would run as a formula starts with a '.",
+    "a ' is added in front of a text that a spreadsheet would run as a formula.",
 )
 no_header_option = click.option(
     "--no-header", "header", flag_value=False, default=True, help="Print no line with the names of the columns."

@@ -97,7 +97,7 @@ class _Wishes(NamedTuple):
     type=_LimitParameter("percentage"),
     help="If the cache exceeds --max-size, go down to this part of it.  [default: 100%]",
 )
-@click.option("--to-free", metavar="SIZE", type=_LimitParameter("size"), help="Free at least so many bytes now.")
+@click.option("--to-free", metavar="SIZE", type=_LimitParameter("size"), help="Free at least this many bytes now.")
 @click.option(
     "--unused-for", metavar="TIME", type=DurationParameter(), help="Remove images that were not used for TIME."
 )

@@ -62,7 +62,7 @@ __all__ = []
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Pull so many images at once.",
+    help="Pull this many images at once.",
 )
 @click.option("--dry-run", is_flag=True, help="Store nothing; print how many blobs and bytes would be downloaded.")
 @click.option(

@@ -37,7 +37,7 @@ _VALUES = {
     "label": "SELECT DISTINCT key FROM labels ORDER BY key",
     "platform": "SELECT DISTINCT os || '/' || architecture || coalesce('/' || variant, '') FROM platforms ORDER BY 1",
 }
-"""The query for the values of a type of parameters."""
+"""The query for the possible values of a parameter, by its type."""
 
 
 def complete_names(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
@@ -85,14 +85,14 @@ def complete_value(ctx: click.Context, _param: click.Parameter, incomplete: str)
 
 
 def complete_view(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the names of the views that start with the typed text, behind ``--schema``."""
+    """Return the names of the views that start with the typed text, after ``--schema``."""
     if not ctx.params.get("schema"):
         return []
     return _complete(ctx, incomplete, lambda cache: [view.name for view in cache.list_views()])
 
 
 def _list_parameters(ctx: click.Context) -> tuple[Parameter, ...]:
-    # Behind a last `-p`, click cannot parse the line, and leaves the arguments in `args`.
+    # If `-p` is the last word, click cannot parse the line, and leaves the arguments in `args`.
     name = ctx.params.get("name") or next(iter(ctx.args), "")
     try:
         return load_report(name).parameters if ctx.info_name == "report" else ()

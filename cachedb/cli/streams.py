@@ -1,4 +1,4 @@
-"""Open standard input and output safely, whether closed, a terminal, or full."""
+"""Read stdin and write stdout, even if they are closed, a terminal, or on a full disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-closed_streams: set[str] = set()  # those of "stdin", "stdout" and "stderr" that were closed at the start
+closed_streams: set[str] = set()  # of "stdin", "stdout" and "stderr": those that were closed at the start
 
 
 def open_standard_files() -> None:

@@ -40,7 +40,7 @@ __all__ = [
 
 
 REVISION = "0007"
-"""The newest migration, whose schema `cachedb.index.tables` describes; here for readers without SQLAlchemy."""
+"""The newest migration, whose schema `cachedb.index.tables` describes. Here it can be read without SQLAlchemy."""
 
 POLICY_FILE = "policy.toml"
 """The file in the cache directory that says which images to keep and to remove."""
@@ -90,7 +90,7 @@ def blob_file(directory: Path, digest: Digest) -> str:
     """
     if not is_digest(digest):
         raise DamagedIndex(
-            f"the index is damaged, because it has the digest {digest!r}: run `cachedb verify --repair` to rebuild it"
+            f"the index is damaged: its digest {digest!r} is invalid: run `cachedb verify --repair` to rebuild it"
         )
     return f"{directory}/blobs/{digest.replace(':', '/')}"
 
@@ -132,7 +132,7 @@ def received_digest(name: str) -> Digest | None:
 
 
 def is_received(name: str) -> bool:
-    """Return whether a file in a session's folder has a name that a session gives."""
+    """Return whether a name has the form of a file's name in a session's folder."""
     return name.isdecimal() or received_digest(name) is not None
 
 

@@ -70,7 +70,7 @@ ROLES: Final = ("manifest", "index", "config", "layer", "other")
 DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 """The largest accepted manifest, index or config in bytes; registries have the same limit."""
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and sums of sizes stay within 64 bits
-_UNKNOWN_TYPE = "application/octet-stream"  # of content whose media type says nothing (RFC 2046, section 4.5.1)
+_UNKNOWN_TYPE = "application/octet-stream"  # for content of an unknown type (RFC 2046, section 4.5.1)
 _MEDIA_TYPE = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}(?:[ \t]*;[ -~]{0,255})?"
 )
@@ -84,7 +84,7 @@ class Descriptor(NamedTuple):
     media_type: str
     role: str
     platform: str | None = None  # os/architecture[/variant], if an index states it
-    urls: tuple[str, ...] = ()  # where else to download the blob
+    urls: tuple[str, ...] = ()  # other places to download the blob from
 
     @property
     def is_document(self) -> bool:
@@ -93,7 +93,7 @@ class Descriptor(NamedTuple):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is a layer that a registry or archive may leave out, because its URLs have it.
+        """Whether it is a layer that a registry or archive may leave out, because it can be downloaded from its URLs.
 
         Its media type is one of layer.md, "Non-Distributable Layers", or Docker's type of a foreign layer.
         """
@@ -225,7 +225,7 @@ def read_descriptors(document: object, media_type: str, what: str) -> list[Descr
 def _get_list(document: dict[str, Any], key: str, what: str) -> list[Any]:
     value = document.get(key)
     if value is None and key in document:
-        return []  # Go writes an empty list so
+        return []  # Go writes null for an empty list
     if not isinstance(value, list):
         raise InvalidManifest(f"{what} has no list of {key}")
     return value
@@ -247,10 +247,10 @@ def _parse_descriptor(value: object, role: str, what: str) -> Descriptor:
 
 
 def _read_content_type(value: object, what: str) -> str:
-    """Return the media type in a descriptor, as far as it says what the content is.
+    """Return the media type in a descriptor, or a general one if it is empty or odd.
 
-    Its role follows from its place in the manifest. So podman, skopeo and containerd read images whose layers have an
-    empty or odd media type.
+    The role of the content follows from its place in the manifest. Podman, skopeo and containerd also accept layers
+    with an empty or odd media type.
     """
     if value is not None and not isinstance(value, str):
         raise InvalidManifest(f"{what} has the invalid media type {shorten(value)}")

@@ -57,7 +57,7 @@ class Keep(NamedTuple):
     repository: str | None = None  # a pattern
     labels: tuple[tuple[str, str | None], ...] = ()  # keys with their values; None allows any value
     platform: str | None = None  # os/architecture[/variant]
-    newest: int | None = None  # so many images of each repository, by the time when their names came here
+    newest: int | None = None  # images of each repository, by the time when their names came here
     used_within: float | None = None  # seconds since the last use, at most
     added_within: float | None = None  # seconds since the name came here, at most
     sql: str | None = None  # a query; its first column has names
@@ -73,7 +73,7 @@ class Remove(NamedTuple):
     unused_for: float | None = None  # seconds since the last use, at least
     added_before: float | None = None  # seconds since the name came here, at least
     incomplete: bool | None = None  # True: lacks a blob; False: lacks none
-    keep_newest: int | None = None  # so many of each repository, among those that fulfil the other conditions, stay
+    keep_newest: int | None = None  # images of each repository that stay, among those that fulfil the other conditions
     sql: str | None = None  # a query; its first column has names
 
 

@@ -27,7 +27,7 @@ __all__ = ["RECENT_SECONDS", "build_rules", "run_queries"]
 
 
 RECENT_SECONDS = 600.0
-"""An image that was used in so many seconds is kept, unless a rule of the policy says ``used-within``."""
+"""An image whose last use is more recent is kept, unless a rule of the policy says ``used-within``."""
 
 
 def _list_rules(policy: Policy) -> list[Keep | Remove]:

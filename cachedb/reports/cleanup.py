@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-UNUSED_DAYS: Final = 30  # an image that was used in the last so many days is not proposed
+UNUSED_DAYS: Final = 30  # an image whose last use is more recent is not proposed
 _PROPOSED_IMAGES: Final = 500  # the most images that one command removes
 
 

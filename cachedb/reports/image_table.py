@@ -28,7 +28,7 @@ __all__ = ["FACTS", "LINKED", "TABLE_ROWS", "Images", "ListedImage", "ListedLaye
 
 TABLE_ROWS: Final = 1000  # of a table; this keeps the page to a few MB
 FACTS: Final = ("incomplete", "held", "duplicate", "outdated")
-"""What the search finds with ``is:``; the data has a bit for each."""
+"""The words that the search finds after ``is:``; the data has a bit for each."""
 
 LINKED: Final = 5  # layers and labels of an image that its row lists
 
@@ -81,7 +81,7 @@ def fetch_images(
     bases: Sequence[Row],
     outdated: set[str],
 ) -> Images:
-    """Return the images, and which of the layers each has.
+    """Return the images, each with its layers.
 
     Args:
         connection: a connection in a read transaction.
@@ -129,14 +129,14 @@ def _group(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _fetch_platforms(connection: Connection) -> dict[str, list[str]]:
-    """Return the platforms of each image of which one is known, by the image's name."""
+    """Return the known platforms of images, by the image's name; an image without one is left out."""
     rows = fetch_rows(connection, "SELECT name, os, architecture, variant FROM platforms")
     found = _group((row.name, format_platform(row)) for row in rows)
     return {name: sorted(set(platforms)) for name, platforms in found.items()}
 
 
 def _fetch_layers_of_images(connection: Connection, layers: Sequence[Row]) -> dict[tuple[str, str], list[int]]:
-    """Return which of these layers each image has, as indexes, by the image's repository and reference."""
+    """Return the indexes of each image's layers in this list, by the image's repository and reference."""
     numbers = {layer.digest: number for number, layer in enumerate(layers)}
     query = text(
         "SELECT DISTINCT i.repository, i.reference, b.digest FROM blobs AS b "
@@ -167,7 +167,7 @@ def _fetch_labels(connection: Connection, images: Sequence[ImageRow]) -> Mapping
 
 
 def _make_data(images: Sequence[ListedImage], layers: Sequence[Row]) -> dict[str, Any]:
-    """Return what the script of the page knows of all images, compact: lists of numbers in place of texts."""
+    """Return the data of all images for the script of the page; numbers stand for repeated texts."""
     repositories, platforms, bases = _Numbers(), _Numbers(), _Numbers()
     rows = [
         [

@@ -52,7 +52,7 @@ class Tile:
     label_y: float = 0  # the base line of the label, in pixels below the top of the tile
     depth: int = 0
     drawn: bool = True
-    is_path: bool = False  # whether the name loses its first parts if it is too long, in place of its end
+    is_path: bool = False  # a path that is too long loses its first parts; another name loses its end
 
 
 def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
@@ -109,9 +109,9 @@ def _lay_out(tiles: list[Tile], area: Box, scale: float, headings: list[Box], de
 
 
 def _place_label(tile: Tile, place: Box, headings: list[Box]) -> Box | None:
-    """Set the label of a tile, below the headings that cover the tile's upper edge; return where it is.
+    """Set the label of a tile, below the headings that cover the tile's upper edge; return its place.
 
-    The script of the page does the same for the true size of the window.
+    The script of the page repeats this with the true size of the window.
     """
     is_bold = tile.kind in ("namespace", "repository")
     letter = _HEADING_LETTER_PIXELS if tile.depth == 1 else _BOLD_LETTER_PIXELS if is_bold else _LETTER_PIXELS

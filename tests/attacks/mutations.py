@@ -541,7 +541,7 @@ MUTATIONS = [
     Mutation("a later page of referrers is not skipped", "cachedb/transports/registry/repository.py", "                if pages:\n                    raise\n", "", "tests/operations/test_push.py -k later_page"),
     Mutation("a refusal to list referrers is remembered", "cachedb/transports/registry/repository.py", "                self._has_referrers_api, failure = False, error  #", "                failure = error  #", "tests/operations/test_push.py -k tag_lists"),
     Mutation("a tag that gives the image itself is no list", "cachedb/transports/registry/repository.py", "if data and digest_of(data, digest) != digest else", "if data else", "tests/operations/test_push.py -k image_itself"),
-    Mutation("a list that is null is empty", "cachedb/oci/manifests.py", "    if value is None and key in document:\n        return []  # Go writes an empty list so\n", "", "tests/operations/test_push.py -k null"),
+    Mutation("a list that is null is empty", "cachedb/oci/manifests.py", "    if value is None and key in document:\n        return []  # Go writes null for an empty list\n", "", "tests/operations/test_push.py -k null"),
     Mutation("a host gets lower case", "cachedb/oci/names.py", "            repository = f\"{lower}/{path}\"\n", "            pass\n", "tests/oci/test_names.py"),
     Mutation("an image of docker.io without a folder is in library", "cachedb/oci/names.py", "path if \"/\" in path else f\"library/{path}\"", "path", "tests/oci/test_names.py"),
     Mutation("a better platform that is not stored is not replaced", "cachedb/oci/closure.py", "[*labels.items(), *((blob, blob.platform) for blob in absent)]", "labels.items()", "tests/oci/test_closure.py"),

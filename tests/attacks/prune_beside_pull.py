@@ -30,7 +30,7 @@ from tests.support import leftovers, make, promises
 from tests.support.registries import Registry, docker_registry
 
 IMAGES, LAYERS = 24, 10
-HOLD_EVERY = 20  # rounds; in one of so many, the image is also held while another prune runs
+HOLD_EVERY = 20  # rounds; in the last of them, the image is also held while another prune runs
 POLL_SECONDS = 0.0005
 FORK = multiprocessing.get_context("fork")
 EVERYTHING = Policy(remove=(Remove(unused_for=0),), keep=(Keep(used_within=0),))
@@ -361,7 +361,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.prune_beside_pull", description=__doc__)
     parser.add_argument("--store", choices=["cachedb", "podman"], default="cachedb", help="what to attack (cachedb)")
     parser.add_argument("--rounds", type=float, default=1000, help="pulls, each with its check (1000)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after this time")
     parser.add_argument("--pullers", type=int, default=2, help="processes that pull (2)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images and choices (1)")
     parser.add_argument("--driver", default="overlay", help="storage driver of podman (overlay)")

@@ -1,4 +1,4 @@
-"""Policies: what their text means, and which line a mistake is in."""
+"""Policies: the meaning of their text, and the line of a mistake."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_mistake_is_reported_with_its_line(text: str, line: int, message: str)
     assert "\n" not in str(caught.value)
 
 
-def test_the_line_of_a_mistake_is_right_behind_any_syntax_of_toml() -> None:
+def test_the_line_of_a_mistake_is_correct_after_any_toml_syntax() -> None:
     before = (
         '# [[keep]]\n[[keep]]\nsql = """\n[[keep]]\nnewest = 0\n"""\n"names" = [\n  "a",  # newest = 0\n\n  "b",\n]\r\n'
     )
@@ -171,7 +171,7 @@ def test_a_formatted_policy_means_the_same(given_policy: Policy) -> None:
     assert parse_policy(format_policy(given_policy)) == given_policy
 
 
-def test_a_formatted_policy_has_the_words_of_people() -> None:
+def test_a_formatted_policy_has_readable_sizes_and_percentages() -> None:
     assert format_policy(MEANING).splitlines()[:8] == [
         "[limits]",
         'max-size = "200GB"',

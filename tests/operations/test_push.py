@@ -352,7 +352,7 @@ def test_all_pages_of_a_list_of_referrers_are_read(cache: Cache, remote: Registr
 
 
 @pytest.mark.parametrize("status", [303, 400, 401, 403, 404, 405, 406, 410, 415, 429, 500, 501])
-def test_the_tag_lists_the_referrers_if_the_registry_refuses_to(
+def test_the_tag_lists_the_referrers_if_the_registry_refuses_to_list_them(
     cache: Cache, remote: Registry, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, signature = remote.add(FIRST, "app", "1"), make_referrer(FIRST.manifest)
@@ -369,7 +369,7 @@ def test_the_tag_lists_the_referrers_if_the_registry_refuses_to(
 
 
 @pytest.mark.parametrize("status", [404, 429, 500, 503])
-def test_a_list_of_referrers_that_fails_is_not_taken_for_an_empty_one_silently(
+def test_a_registry_that_fails_to_list_referrers_is_not_silently_taken_to_have_none(
     cache: Cache, remote: Registry, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = remote.add(FIRST, "app", "1")

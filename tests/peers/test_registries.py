@@ -39,7 +39,7 @@ PLAIN = "--tls-verify=false"
 
 every_registry = pytest.mark.parametrize("host", REGISTRIES, indirect=True)
 every_release = pytest.mark.parametrize("host", ["docker-registry", "distribution-3"], indirect=True)
-"""Without the registry of crane, whose repositories share all blobs, and which lists no tags of an empty one."""
+"""Not crane's registry: its repositories share all blobs, and it does not list the tags of an empty repository."""
 
 
 def as_docker(image: ImageContent) -> ImageContent:
@@ -513,11 +513,11 @@ def read_referrers(host: str, repository: str, subject: bytes) -> list[dict[str,
     return list(json.loads(reply.data)["manifests"])
 
 
-SIGNED = make_referrer(FIRST.manifest, b"a signature of the image")
-BILL = make_referrer(FIRST.manifest, b"what is in the image")
-SIGNED_BILL = make_referrer(BILL.manifest, b"a signature of what is in the image")
-SIGNED_ARM = make_referrer(ARM.manifest, b"a signature of one for arm64")
-SIGNED_MULTI = make_referrer(MULTI, b"a signature of the index", OCI_INDEX)
+SIGNATURE = make_referrer(FIRST.manifest, b"a signature of the image")
+SBOM = make_referrer(FIRST.manifest, b"an SBOM of the image")
+SIGNATURE_OF_SBOM = make_referrer(SBOM.manifest, b"a signature of the SBOM")
+SIGNATURE_OF_ARM = make_referrer(ARM.manifest, b"a signature of the image for arm64")
+SIGNATURE_OF_MULTI = make_referrer(MULTI, b"a signature of the index", OCI_INDEX)
 
 
 def list_digests(cache: Cache, name: str) -> set[str]:
@@ -533,22 +533,22 @@ def test_referrers_are_copied_between_registries(
     cache: Cache, fresh: Cache, tools: Tools, host: str, other_host: str
 ) -> None:
     put_image(host, "app", FIRST, "1")
-    put_referrers(host, "app", FIRST.manifest, BILL, SIGNED)
-    put_referrers(host, "app", BILL.manifest, SIGNED_BILL)
+    put_referrers(host, "app", FIRST.manifest, SBOM, SIGNATURE)
+    put_referrers(host, "app", SBOM.manifest, SIGNATURE_OF_SBOM)
     cache.pull(f"{host}/app:1")
     assert list_digests(cache, f"{host}/app:1") == closure(FIRST)
     cache.pull(f"{host}/app:1", referrers=True)
-    everything = closure(FIRST, BILL, SIGNED, SIGNED_BILL)
+    everything = closure(FIRST, SBOM, SIGNATURE, SIGNATURE_OF_SBOM)
     assert list_digests(cache, f"{host}/app:1") == everything
     assert_is_stored(cache, f"{host}/app:1", FIRST.digest)
 
     pushed = cache.push(f"{host}/app:1", f"{other_host}/copy:1")
     assert (pushed.digest, pushed.blobs) == (FIRST.digest, len(everything) - 4)  # without the four manifests
     listed = {listed["digest"]: listed for listed in read_referrers(other_host, "copy", FIRST.manifest)}
-    assert listed == {made.digest: list_entry(made) for made in (BILL, SIGNED)}
-    assert read_referrers(other_host, "copy", BILL.manifest) == [list_entry(SIGNED_BILL)]
-    raw = tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{other_host}/copy@{BILL.digest}")
-    assert raw.encode() == BILL.manifest
+    assert listed == {made.digest: list_entry(made) for made in (SBOM, SIGNATURE)}
+    assert read_referrers(other_host, "copy", SBOM.manifest) == [list_entry(SIGNATURE_OF_SBOM)]
+    raw = tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{other_host}/copy@{SBOM.digest}")
+    assert raw.encode() == SBOM.manifest
 
     fresh.pull(f"{other_host}/copy:1", referrers=True)
     assert list_digests(fresh, f"{other_host}/copy:1") == everything
@@ -559,13 +559,13 @@ def test_a_second_push_lists_no_referrer_twice_and_keeps_those_of_others(
     cache: Cache, host: str, other_host: str
 ) -> None:
     put_image(host, "app", FIRST, "1")
-    put_referrers(host, "app", FIRST.manifest, BILL)
+    put_referrers(host, "app", FIRST.manifest, SBOM)
     put_image(other_host, "app", FIRST, "1")
-    put_referrers(other_host, "app", FIRST.manifest, SIGNED)
+    put_referrers(other_host, "app", FIRST.manifest, SIGNATURE)
     cache.pull(f"{host}/app:1", referrers=True)
     for _ in range(2):
         cache.push(f"{host}/app:1", f"{other_host}/app:1")
-        assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(SIGNED), list_entry(BILL)]
+        assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(SIGNATURE), list_entry(SBOM)]
 
 
 @every_registry
@@ -573,26 +573,26 @@ def test_referrers_of_an_index_and_its_platforms_are_copied(
     cache: Cache, fresh: Cache, host: str, other_host: str
 ) -> None:
     put_multi(host, "multi", "1")
-    put_referrers(host, "multi", MULTI, SIGNED_MULTI)
-    put_referrers(host, "multi", ARM.manifest, SIGNED_ARM)
-    put_referrers(host, "multi", FIRST.manifest, SIGNED)
+    put_referrers(host, "multi", MULTI, SIGNATURE_OF_MULTI)
+    put_referrers(host, "multi", ARM.manifest, SIGNATURE_OF_ARM)
+    put_referrers(host, "multi", FIRST.manifest, SIGNATURE)
     cache.pull(f"{host}/multi:1", all_platforms=True, referrers=True)
     cache.push(f"{host}/multi:1", f"{other_host}/multi:1")
     fresh.pull(f"{other_host}/multi:1", platform="linux/arm64", referrers=True)
     index = {digest_of(MULTI)}
-    assert list_digests(fresh, f"{other_host}/multi:1") == closure(ARM, SIGNED_ARM, SIGNED_MULTI) | index
+    assert list_digests(fresh, f"{other_host}/multi:1") == closure(ARM, SIGNATURE_OF_ARM, SIGNATURE_OF_MULTI) | index
     assert_is_stored(fresh, f"{other_host}/multi:1", digest_of(MULTI))
     cache.push(f"{host}/multi:1", f"{other_host}/arm:1", platform="linux/arm64")
     fresh.pull(f"{other_host}/arm:1", platform="linux/arm64", referrers=True)
-    assert list_digests(fresh, f"{other_host}/arm:1") == closure(ARM, SIGNED_ARM)
+    assert list_digests(fresh, f"{other_host}/arm:1") == closure(ARM, SIGNATURE_OF_ARM)
 
 
 def test_referrers_are_kept_when_another_platform_is_pulled(cache: Cache, host: str) -> None:
     put_multi(host, "multi", "1")
-    put_referrers(host, "multi", MULTI, SIGNED_MULTI)
+    put_referrers(host, "multi", MULTI, SIGNATURE_OF_MULTI)
     cache.pull(f"{host}/multi:1", referrers=True)
     cache.pull(f"{host}/multi:1", platform="linux/arm64")
-    everything = closure(FIRST, ARM, SIGNED_MULTI) | {digest_of(MULTI)}
+    everything = closure(FIRST, ARM, SIGNATURE_OF_MULTI) | {digest_of(MULTI)}
     assert list_digests(cache, f"{host}/multi:1") == everything
     cache.tag(f"{host}/multi:1", "mine:1")
     assert list_digests(cache, "mine:1") == everything
@@ -603,36 +603,36 @@ def test_a_referrer_added_later_is_pulled(cache: Cache, host: str) -> None:
     put_image(host, "app", FIRST, "1")
     cache.pull(f"{host}/app:1", referrers=True)
     assert list_digests(cache, f"{host}/app:1") == closure(FIRST)
-    put_referrers(host, "app", FIRST.manifest, SIGNED)
+    put_referrers(host, "app", FIRST.manifest, SIGNATURE)
     cache.pull(f"{host}/app:1")
     assert list_digests(cache, f"{host}/app:1") == closure(FIRST)
     assert cache.pull(f"{host}/app:1", referrers=True).blobs == 2
-    assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNATURE)
 
 
 @every_registry
 def test_an_artifact_is_pulled_and_pushed_by_its_own_name(cache: Cache, host: str, other_host: str) -> None:
     put_image(host, "app", FIRST, "1")
-    put_referrers(host, "app", FIRST.manifest, BILL)
-    name = f"{host}/app@{BILL.digest}"
+    put_referrers(host, "app", FIRST.manifest, SBOM)
+    name = f"{host}/app@{SBOM.digest}"
     cache.pull(name)
-    assert_is_stored(cache, name, BILL.digest)
-    cache.push(name, f"{other_host}/app:bill")
-    assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(BILL)]
+    assert_is_stored(cache, name, SBOM.digest)
+    cache.push(name, f"{other_host}/app:sbom")
+    assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(SBOM)]
 
 
 def test_a_listed_referrer_that_was_deleted_is_skipped(cache: Cache, fresh: Cache, host: str) -> None:
     put_image(host, "app", FIRST, "1")
-    put_referrers(host, "app", FIRST.manifest, BILL, SIGNED)
-    assert ask(host, "DELETE", f"app/manifests/{BILL.digest}").status == 202  # the tag still lists it
-    assert read_referrers(host, "app", FIRST.manifest) == [list_entry(BILL), list_entry(SIGNED)]
+    put_referrers(host, "app", FIRST.manifest, SBOM, SIGNATURE)
+    assert ask(host, "DELETE", f"app/manifests/{SBOM.digest}").status == 202  # the tag still lists it
+    assert read_referrers(host, "app", FIRST.manifest) == [list_entry(SBOM), list_entry(SIGNATURE)]
     cache.pull(f"{host}/app:1", referrers=True)
-    assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNATURE)
     other = make_referrer(FIRST.manifest, b"another signature")
     save(cache, "signature:1", other)
     cache.push("signature:1", f"{host}/app:signature")
-    assert read_referrers(host, "app", FIRST.manifest) == [list_entry(SIGNED), list_entry(other)]
-    save(cache, "bill:1", BILL)
-    cache.push("bill:1", f"{host}/app@{BILL.digest}")
+    assert read_referrers(host, "app", FIRST.manifest) == [list_entry(SIGNATURE), list_entry(other)]
+    save(cache, "sbom:1", SBOM)
+    cache.push("sbom:1", f"{host}/app@{SBOM.digest}")
     fresh.pull(f"{host}/app:1", referrers=True)
-    assert list_digests(fresh, f"{host}/app:1") == closure(FIRST, SIGNED, other, BILL)
+    assert list_digests(fresh, f"{host}/app:1") == closure(FIRST, SIGNATURE, other, SBOM)

@@ -13,9 +13,9 @@ from cachedb.errors import InvalidArchive
 __all__ = ["MAGIC_LENGTH", "Decompressor", "detect_compression"]
 
 
-_SLICE_BYTES = 64 * 1024  # given to a decompressor at a time; it may return most of them unused
+_SLICE_BYTES = 64 * 1024  # bytes for one call of a decompressor, which may return most of them unused
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
-# Not only "BZh": a file name, and so an uncompressed tar, may begin with it.
+# The magic is longer than "BZh", because a tar begins with a file name, which may begin with these letters.
 _MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
 # A zstd stream may begin with a skippable frame (RFC 8878, section 3.1.2); pzstd writes one.
 _MAGIC |= {bytes([0x50 + kind]) + b"\x2a\x4d\x18": "zstd" for kind in range(16)}
@@ -35,16 +35,16 @@ class Decompressor:
         """Create it.
 
         Args:
-            compression: as from `detect_compression`.
-            may_have_garbage: ignore what follows a complete member and is no member, as gzip(1) does.
+            compression: a result of `detect_compression`.
+            may_have_garbage: ignore bytes after a complete member that are not a member, as gzip(1) does.
         """
         self._compression, self._may_have_garbage = compression, may_have_garbage
         self._stream: Any = None
-        self._has_member = False  # whether one is complete
+        self._has_member = False  # whether a member is complete
         self.ended = False
         """Whether the stream may end here, at the end of a member."""
         self.has_garbage = False
-        """Whether something was ignored."""
+        """Whether bytes were ignored."""
 
     def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
         """Decompress the next bytes, and yield the result in parts.

@@ -18,7 +18,7 @@ __all__ = ["Config", "read_config", "read_docker", "read_entries", "read_repo_ta
 
 
 def read_entries(entries: object) -> list[dict[str, Any]]:
-    """Return the entries of a parsed manifest.json, one for each image, after a check of their fields."""
+    """Check a parsed manifest.json, and return its entries, one for each image."""
     if entries is None:
         return []
     if not isinstance(entries, list):
@@ -36,7 +36,7 @@ def read_entries(entries: object) -> list[dict[str, Any]]:
 
 
 def read_repo_tags(entry: dict[str, Any]) -> list[str]:
-    """Return the names in an entry of manifest.json, as the user gave them."""
+    """Return the names in an entry of manifest.json, unparsed."""
     return [text for text in entry.get("RepoTags") or [] if text not in ("", "<none>:<none>")]
 
 
@@ -59,7 +59,7 @@ class Config(NamedTuple):
 
 
 def read_config(files: Files, path: str, known: Container[Digest | None]) -> Config:
-    """Return the config with a path in the archive; only its blob if its digest is known."""
+    """Return the config at this path in the archive, without its diff ids and platform if its digest is known."""
     section = _find_required(files, path)
     data = read_small(section, "the config", InvalidArchive)
     digest = digest_of(data)

@@ -250,7 +250,7 @@ def _attach_referrers(
         result.append(item._replace(image=item.image._replace(referrers=tuple(blobs))))
     for root, subject in referrers:
         if root.digest not in attached:
-            LOG.warning("not imported: %s refers to %s, which is not imported", root.digest, subject)
+            LOG.warning("not imported: the referrer %s, because its subject %s is not imported", root.digest, subject)
     return result
 
 

@@ -251,7 +251,7 @@ class Client:
             if is_token and body is not None and origin(url) != owner:
                 raise RegistryError(
                     f"{self.place.registry}: its token server redirects a secret to another host: "
-                    "its operator must name that host in the challenge"
+                    "the operator of the registry must name that host in the challenge"
                 )
         raise RegistryError(f"{self.place.registry}: more than {_MAX_REDIRECTS} redirects: check that it is a registry")
 

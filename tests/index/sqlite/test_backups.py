@@ -1,4 +1,4 @@
-"""Backups of the index: several at once, their descriptors, how many are kept, and which damage an error names."""
+"""Backups of the index: several at once, their open files, the number that is kept, and errors of damaged ones."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_backup_waits_for_another_only_as_long_as_the_cache_allows(cache: Cach
     index.close()
 
 
-def test_a_wait_for_a_backup_ends_when_this_one_begins(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_another_backup_ends_when_this_one_begins(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "_SILENT_SECONDS", 0)
     save(cache, "app:1", make.image(1))
     awaited: list[set[str]] = []

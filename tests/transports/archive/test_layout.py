@@ -365,7 +365,10 @@ def test_a_referrers_list_without_its_subject_is_left_out_with_a_warning(
     entries = [named(AMD.manifest, "app:1"), named(listing, ARM.digest.replace(":", "-"), OCI_INDEX)]
     blobs = [*AMD.blobs.values(), listing, sbom, b"{}", b"an SBOM"]
     assert import_files(cache, layout_of(*entries, blobs=blobs)) == ["app:1"]
-    assert f"not imported: {digest_of(sbom)} refers to {ARM.digest}, which is not imported" in caplog.messages
+    assert (
+        f"not imported: the referrer {digest_of(sbom)}, because its subject {ARM.digest} is not imported"
+        in caplog.messages
+    )
 
 
 @pytest.mark.parametrize("present", [[], ["manifest"], ["manifest", "listing"], ["listing"]])
