@@ -40,7 +40,7 @@ class Removal(NamedTuple):
     """Images to remove together, and what that frees."""
 
     names: list[str]  # least recently used first
-    freed: int  # bytes
+    freed_size: int  # bytes
     candidates: int  # images that were not used for `UNUSED_DAYS`, and that nothing holds
 
 
@@ -84,8 +84,8 @@ def propose_removal(connection: Connection, now: datetime) -> Removal:
     ).bindparams(bindparam("chosen", expanding=True))
     rows = connection.execute(query, {"chosen": list(chosen)}).all()
     useful = {row.image_id for row in rows}  # removing any other image frees nothing
-    freed = sum({row.blob_id: row.size for row in rows}.values())
-    return Removal([name for image, name in chosen.items() if image in useful], freed, len(candidates))
+    freed_size = sum({row.blob_id: row.size for row in rows}.values())
+    return Removal([name for image, name in chosen.items() if image in useful], freed_size, len(candidates))
 
 
 def _parse_name(row: Row) -> str:

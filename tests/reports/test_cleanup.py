@@ -82,7 +82,7 @@ def test_the_least_recently_used_images_are_proposed_first(filled: Cache, monkey
     few = propose(filled.directory)
     assert few.names == names[:2]
     assert few.candidates == 5
-    assert few.freed == filled.remove_manifest(*few.names, dry_run=True).bytes
+    assert few.freed_size == filled.remove_manifest(*few.names, dry_run=True).bytes
     monkeypatch.setattr(cleanup, "UNUSED_DAYS", 1000)
     assert propose(filled.directory) == Removal([], 0, 0)
 
@@ -104,7 +104,7 @@ def test_a_name_that_rm_refuses_is_not_proposed(directory: Path) -> None:
     assert len(proposed.names) == 10
     assert not any("hostile" in name for name in proposed.names)
     with Cache.open(directory) as cache:
-        assert cache.remove_manifest(*proposed.names, dry_run=True).bytes == proposed.freed
+        assert cache.remove_manifest(*proposed.names, dry_run=True).bytes == proposed.freed_size
 
 
 def test_a_command_is_quoted_for_the_shell_or_not_shown() -> None:
