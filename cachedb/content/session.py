@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
-from cachedb.disk import forks, locks, processes
+from cachedb.disk import forks, lock_holders, locks
 from cachedb.disk.durable import sync_folder
 from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder, is_shared
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
@@ -132,7 +132,7 @@ class Session:
             lock = locks.acquire(path, wait=Wait("the lock of a new session", self._database.wait_seconds))
         assert lock is not None
         try:
-            processes.write_record(lock.fileno())
+            lock_holders.write_record(lock.fileno())
             with os_errors("begin a session in the cache"):
                 self._database.folders.make(f"ingest/{name}")
                 with self._database.folders.open(f"ingest/{name}") as folder:

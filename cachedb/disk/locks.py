@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from cachedb.disk import processes
+from cachedb.disk import lock_holders
 from cachedb.disk.folders import apply_folder_mode
 from cachedb.disk.forks import close_own, open_own
-from cachedb.disk.processes import Process
+from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import Wait
 
@@ -113,13 +113,13 @@ def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
 
 def read_holder(file: int) -> Process | None:
     """Return the process whose record is in a lock file, or None if that process is gone."""
-    record = processes.read_record(file)
+    record = lock_holders.read_record(file)
     return None if record is None or record[0].is_gone else record[0]
 
 
 def find_holder(file: int) -> Process | None:
     """Return which process holds a lock, from its record in the file or from the kernel."""
-    return read_holder(file) or processes.find_flock_holder(file)
+    return read_holder(file) or lock_holders.find_flock_holder(file)
 
 
 def is_held(path: Path) -> bool:
@@ -156,11 +156,11 @@ def hold_lock(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
     file = acquire(path, wait=wait)
     assert file is not None
     try:
-        processes.write_record(file.fileno())
+        lock_holders.write_record(file.fileno())
         yield file
     finally:
         if not file.closed:  # a fork closes it in the child, and the record belongs to the parent
-            processes.clear_record(file.fileno())
+            lock_holders.clear_record(file.fileno())
         release(file)
 
 

@@ -18,10 +18,10 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from cachedb.disk import byte_locks, locks, processes
+from cachedb.disk import byte_locks, lock_holders, locks
 from cachedb.disk.folders import Folders, Leftover, is_shared, set_aside
 from cachedb.disk.layout import lock_kind
-from cachedb.disk.processes import Process
+from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import LOG, Wait, choose_wait_seconds
 from cachedb.errors import CacheError, explain, ignore_os_errors, os_errors
@@ -80,7 +80,7 @@ def _take_claim(path: Path, key: str) -> FileIO | None:
             set_aside(folder, path.name)
         lock = locks.acquire(path, wait=False)
     if lock is not None:
-        processes.write_record(lock.fileno(), key=key, since=time.time())
+        lock_holders.write_record(lock.fileno(), key=key, since=time.time())
         _claims[path] = lock
     return lock
 
@@ -233,7 +233,7 @@ def claim_or_find(
 def _read_progress(path: Path) -> object:
     """Return a value that changes while the holder of a claim makes progress."""
     with suppress(OSError), FileIO(path, opener=open_regular) as file:
-        if processes.read_record(file.fileno()) is None:
+        if lock_holders.read_record(file.fileno()) is None:
             return time.monotonic()  # the holder is an old release, which notes no progress
         status = os.fstat(file.fileno())
         return status.st_ino, status.st_mtime_ns
@@ -253,7 +253,7 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
         if (status.st_ino, status.st_mtime_ns) == stalled and path.stat().st_ino == status.st_ino:
             holder = locks.read_holder(file.fileno())
             if _remove(path, file, 0):
-                LOG.warning("taking over %s from %s, which makes no progress", key, holder or processes.UNKNOWN)
+                LOG.warning("taking over %s from %s, which makes no progress", key, holder or lock_holders.UNKNOWN)
 
 
 @contextmanager
@@ -300,7 +300,7 @@ def list_claims(directory: Path) -> list[Claim]:
         path = directory / "locks" / name
         if name.endswith(_CLAIM_SUFFIX) and locks.is_held(path):
             with suppress(OSError, TypeError, ValueError), FileIO(path, opener=open_regular) as file:
-                record = processes.read_record(file.fileno())
+                record = lock_holders.read_record(file.fileno())
                 if record is None:
                     found.append(Claim(None, "", os.fstat(file.fileno()).st_mtime))
                 else:

@@ -20,8 +20,8 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from cachedb.disk import byte_locks, locks, processes
-from cachedb.disk.processes import Process
+from cachedb.disk import byte_locks, lock_holders, locks
+from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import LOG, Wait
 from cachedb.errors import Busy, CacheReplaced
@@ -166,7 +166,7 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
 
 def _write_waiter(queue: FileIO, number: int) -> None:
     place = _RECORDS_OFFSET + number % _RECORD_COUNT * _RECORD_BYTES
-    processes.write_record(queue.fileno(), place, number=number, since=time.time())
+    lock_holders.write_record(queue.fileno(), place, number=number, since=time.time())
 
 
 def find_waiters(path: Path) -> list[Waiter]:
@@ -175,7 +175,7 @@ def find_waiters(path: Path) -> list[Waiter]:
     with suppress(OSError), FileIO(path.with_suffix(".queue"), opener=open_regular) as queue:
         first, last = _read_number(queue, _SERVED_OFFSET) + 1, _read_number(queue, _LAST_OFFSET)
         while first <= last and (number := byte_locks.find_first_locked(queue.fileno(), first, last)) is not None:
-            record = processes.read_record(queue.fileno(), _RECORDS_OFFSET + number % _RECORD_COUNT * _RECORD_BYTES)
+            record = lock_holders.read_record(queue.fileno(), _RECORDS_OFFSET + number % _RECORD_COUNT * _RECORD_BYTES)
             if record is not None and record[1].get("number") == number:
                 with suppress(TypeError, ValueError):
                     found.append(Waiter(record[0], float(record[1].get("since", 0))))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from cachedb.disk.processes import UNKNOWN
+from cachedb.disk.lock_holders import UNKNOWN
 from cachedb.errors import Busy, CacheError
 
 __all__ = ["LOG", "Wait", "choose_wait_seconds"]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachedb.content.session import list_sessions_with_locks, lock_path
-from cachedb.disk import locks, processes, single_flight, turns
-from cachedb.disk.processes import Process
+from cachedb.disk import lock_holders, locks, single_flight, turns
+from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
 from cachedb.errors import os_errors
 
@@ -80,7 +80,7 @@ def _list_live_sessions(directory: Path) -> list[tuple[Process | None, str, date
 def _read_owner(path: Path) -> Process | None:
     file = open_regular(path, os.O_RDONLY)
     try:
-        record = processes.read_record(file)
+        record = lock_holders.read_record(file)
     finally:
         os.close(file)
     return record and record[0]

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from cachedb import Busy, Cache, CacheError
-from cachedb.disk import locks, processes, single_flight, turns, waiting
+from cachedb.disk import lock_holders, locks, single_flight, turns, waiting
 from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, running
 from tests.disk.test_locks import wait_until
@@ -363,10 +363,10 @@ def test_a_lock_file_that_contains_garbage_names_nobody(tmp_path: Path, content:
 
 def test_a_process_that_has_ended_is_not_named(tmp_path: Path) -> None:
     with locks.hold_lock(tmp_path / "lock") as file:
-        assert locks.read_holder_of(tmp_path / "lock") == processes.this_process()
-        gone = processes.this_process()._replace(start="0")
+        assert locks.read_holder_of(tmp_path / "lock") == lock_holders.this_process()
+        gone = lock_holders.this_process()._replace(start="0")
         record = json.dumps(gone._asdict()).encode()
-        os.pwrite(file.fileno(), record + b"\n", processes.RECORD)
+        os.pwrite(file.fileno(), record + b"\n", lock_holders.RECORD)
         assert locks.read_holder_of(tmp_path / "lock") is None
     assert locks.read_holder_of(tmp_path / "lock") is None
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Select, event
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb.disk import forks, locks, processes, turns
+from cachedb.disk import forks, lock_holders, locks, turns
 from cachedb.disk.access import Access
 from cachedb.disk.folders import Folders
 from cachedb.disk.reserve import NO_ROOM_ERRNOS, Reserve
@@ -431,7 +431,7 @@ class Database:
                 shortest, longest = _OUTSIDER_NAPS
                 nap = min(max(outside / 4, shortest), longest)
                 outside += nap
-                wait.nap(nap, lambda: processes.find_index_writer(self.path))
+                wait.nap(nap, lambda: lock_holders.find_index_writer(self.path))
 
     @contextmanager
     def _writing(self, turn: turns.Turn, *, schema: bool = False) -> Iterator[Connection]:

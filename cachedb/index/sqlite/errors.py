@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cachedb import space
-from cachedb.disk import processes
+from cachedb.disk import lock_holders
 from cachedb.disk.reserve import RESERVE_BYTES
 from cachedb.errors import Busy, DamagedIndex, NotACache, StorageError, explain
 from cachedb.index.sqlite.revision import REBUILD_ADVICE, is_ours
@@ -54,7 +54,7 @@ def translate(
     """
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_BUSY:
-        holder = processes.find_index_writer(path)
+        holder = lock_holders.find_index_writer(path)
         return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
     damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(DAMAGED_TEXTS)
     damaged = damaged or isinstance(error, UnicodeDecodeError)
