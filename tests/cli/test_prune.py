@@ -17,7 +17,7 @@ from cachedb.disk.layout import POLICY_FILE
 from cachedb.operations.policy import Keep, Limits, Policy, Remove
 from cachedb.text import format_size
 from tests.conftest import Run, files_of, snapshot
-from tests.index.test_filters import age
+from tests.support.ages import age
 from tests.support.make import image, save
 from tests.support.mounting import mounted
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +17,7 @@ from cachedb.index.filters import is_pattern, parse_filters, rename_all
 from tests.conftest import Run
 from tests.content.test_describe import make_config, make_image
 from tests.support import make
+from tests.support.ages import age, set_time
 
 NAMES = ["app:1", "app:2", "localhost:5000/team/app:1", "team/app:1", "team/db:2", "team/sub/x:latest"]
 
@@ -25,20 +25,6 @@ NAMES = ["app:1", "app:2", "localhost:5000/team/app:1", "team/app:1", "team/db:2
 def fill(cache: Cache, names: list[str] = NAMES) -> None:
     for number, name in enumerate(names):
         make.save(cache, name, make.image(1, 10 + number))
-
-
-def set_column(cache: Cache, column: str, name: str, time: datetime | None) -> None:
-    text = None if time is None else f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
-    repository, _, reference = name.rpartition(":")
-    with closing(sqlite3.connect(cache.directory / "index.db")) as index, index:
-        done = index.execute(
-            f"UPDATE images SET {column} = ? WHERE repository = ? AND reference = ?", (text, repository, reference)
-        )
-        assert done.rowcount == 1
-
-
-def age(cache: Cache, column: str, name: str, **ago: float) -> None:
-    set_column(cache, column, name, datetime.now(UTC) - timedelta(**ago))
 
 
 def select(cache: Cache, *texts: str, sort: str | None = None, limit: int | None = None) -> list[Name]:
@@ -231,7 +217,7 @@ def test_images_are_sorted_and_limited(cache: Cache, sort: str | None, names: li
     age(cache, "last_used_at", "a:1", days=1)
     age(cache, "created", "b:1", days=9)
     age(cache, "created", "a:1", days=8)
-    set_column(cache, "created", "c:1", None)
+    set_time(cache, "created", "c:1", None)
     for limit in (None, 0, 1, 2):
         assert select(cache, sort=sort, limit=limit) == names[:limit]
 

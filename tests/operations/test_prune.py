@@ -41,8 +41,8 @@ from cachedb.operations.plan import explain_missing
 from cachedb.operations.policy import format_policy
 from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.content.test_describe import make_config, make_image
-from tests.index.test_filters import age
 from tests.support import make
+from tests.support.ages import age
 from tests.support.promises import check
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "15"))

@@ -45,9 +45,9 @@ from cachedb.text import format_size, shorten_digest
 from cachedb.transports.registry import download, places, source, tls
 from tests.conftest import Run, run_python
 from tests.disk.test_locks import wait_until
-from tests.index.test_filters import age
 from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.ages import age
 from tests.support.faults import (
     Answer,
     Call,

@@ -25,8 +25,8 @@ from cachedb.operations.plan import Plan
 from cachedb.operations.prune import CLAIM_KEY, Pruned
 from tests.conftest import Run, run_python, snapshot
 from tests.disk.test_locks import wait_until
-from tests.index.test_filters import age
 from tests.support import make
+from tests.support.ages import age
 from tests.support.faults import ALWAYS, Answer, Call
 from tests.support.promises import check
 from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
