@@ -46,16 +46,9 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index import blobs, descriptions, holds, images, lifetimes
-from cachedb.index.filters import (
-    Filters,
-    complete_name,
-    find_images,
-    has_short_digest,
-    narrow,
-    parse_wanted,
-    rename_all,
-)
+from cachedb.index.filters import Filters, complete_name, find_images, has_short_digest, narrow, parse_wanted
 from cachedb.index.holds import HoldInfo
+from cachedb.index.patterns import rename_all
 from cachedb.index.records import BlobDetails, BlobInfo, ImageDetails, ImageInfo, ImportedImage, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS

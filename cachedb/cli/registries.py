@@ -299,7 +299,7 @@ def _choose_pushes(
     cache: Cache, name: str | None, target: str | None, filters: Filters | None, *, ignore_missing: bool
 ) -> list[tuple[str | Name, str | Name | None]]:
     """Return the names of the images to push, each with its name at the registry, None for the same."""
-    from cachedb.index.filters import is_pattern, rename_all
+    from cachedb.index.patterns import is_pattern, rename_all
 
     if name and filters is None and not ignore_missing and not is_pattern(name):
         return [(name, target)]

@@ -6,18 +6,18 @@ transaction, and no image changes in between.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, false, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, false, func, or_, select
 
 from cachedb.errors import InvalidQuery, NotInCache
 from cachedb.index.blobs import ambiguous_error, starts_with
 from cachedb.index.images import find
 from cachedb.index.lifetimes import is_expired, is_pinned
+from cachedb.index.patterns import full_name, is_like, is_pattern
 from cachedb.index.sqlite.batches import are_among
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGE_PLATFORMS, IMAGES
 from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
@@ -27,21 +27,16 @@ from cachedb.text import parse_duration, shorten
 
 __all__ = [
     "KEYS",
-    "SORTS",
     "Filters",
     "FoundImage",
     "build_conditions",
     "complete_name",
     "find_images",
     "has_short_digest",
-    "is_like",
-    "is_pattern",
-    "is_repository_like",
     "narrow",
     "parse_filters",
     "parse_label",
     "parse_wanted",
-    "rename_all",
     "subtract_seconds",
 ]
 
@@ -61,7 +56,7 @@ class Filters(NamedTuple):
     digest: str | None = None  # of the manifest or index, or at least its first 12 digits
     pinned: bool | None = None  # True: has a pin; False: has none
     expired: bool | None = None  # True: its lifetime has ended; False: it has not, or the image has none
-    sort: str | None = None  # one of SORTS, with a - in front for the reverse; None sorts by name
+    sort: str | None = None  # name, size, created, added or used, with a - in front for the reverse; None sorts by name
     limit: int | None = None  # the maximum number of images
 
     @property
@@ -168,11 +163,6 @@ def subtract_seconds(seconds: float) -> datetime:
         return datetime.min.replace(tzinfo=UTC)
 
 
-def is_pattern(text: str | Name) -> bool:
-    """Return whether a text is a pattern: it has ``*``, ``?``, or a ``[`` that begins no IPv6 address."""
-    return isinstance(text, str) and re.search(r"[*?]|\[(?![0-9A-Fa-f]*:[0-9A-Fa-f:]*\])", text) is not None
-
-
 def parse_wanted(wanted: Iterable[str | Name]) -> list[str | Name]:
     """Return patterns and names with short digests unchanged, and other texts as names.
 
@@ -237,7 +227,7 @@ def narrow(
 
     Raises:
         NotInCache: if a name or a pattern matches no image, whatever the filters.
-        InvalidQuery: if ``sort`` is not one of `SORTS`, or there are too many patterns.
+        InvalidQuery: if ``sort`` is not a sort key, or there are too many patterns.
     """
     filters = _check_filters(filters)
     conditions = build_conditions(connection, filters)
@@ -312,30 +302,6 @@ def _find_named(connection: Connection, text: str | Name, *, exact: bool, ignore
         if ignore_missing:
             return None
         raise
-
-
-def is_like(pattern: str) -> ColumnElement[bool]:
-    """Return the condition that a pattern matches the whole name of an image."""
-    return _matches(_name(), pattern)
-
-
-def is_repository_like(pattern: str) -> ColumnElement[bool]:
-    """Return the condition that a pattern matches the whole repository of an image."""
-    return _matches(IMAGES.c.repository, pattern)
-
-
-def _matches(column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
-    # SQLite's GLOB negates a set with ^, and its * also matches a slash.
-    return column.op("GLOB", is_comparison=True)(pattern.replace("[!", "[^"))
-
-
-# Building an expression takes longer than executing it, and most commands need none. So each is built at its first use.
-
-
-@cache
-def _name() -> ColumnElement[str]:
-    mark = case((func.instr(IMAGES.c.reference, ":") > 0, literal("@")), else_=literal(":"))
-    return IMAGES.c.repository + mark + IMAGES.c.reference
 
 
 def build_conditions(connection: Connection, filters: Filters) -> list[ColumnElement[bool]]:
@@ -425,81 +391,32 @@ def _is_built_on(connection: Connection, base_id: int) -> ColumnElement[bool]:
 # Ordering
 
 
+@cache
 def _sum_sizes() -> ColumnElement[int]:
     blobs = BLOBS.alias("sized")  # the query may have the table of blobs, too
     contents = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == IMAGES.c.id).correlate(IMAGES)
     return select(func.sum(blobs.c.size)).where(blobs.c.id.in_(contents)).correlate(IMAGES).scalar_subquery()
 
 
-@cache
-def _sorts() -> dict[str, ColumnElement[Any]]:
-    return {
-        "name": _name(),
-        "size": _sum_sizes(),
-        "created": IMAGES.c.created,
-        "added": IMAGES.c.added_at,
-        "used": IMAGES.c.last_used_at,
-    }
-
-
-SORTS: Final = ("name", "size", "created", "added", "used")
-"""What images can be sorted by: the smallest, the first in the alphabet, or the oldest comes first."""
+# Building an expression takes longer than executing it, and most commands need none. So these are functions.
+_SORTS: Final[dict[str, Callable[[], ColumnElement[Any]]]] = {
+    "name": full_name,
+    "size": _sum_sizes,
+    "created": lambda: IMAGES.c.created,
+    "added": lambda: IMAGES.c.added_at,
+    "used": lambda: IMAGES.c.last_used_at,
+}
 
 
 def _build_order(sort: str | None) -> list[ColumnElement[Any]]:
     by_name: list[ColumnElement[Any]] = [IMAGES.c.repository, IMAGES.c.reference]
     if sort is None:
         return by_name
-    column = _sorts().get(sort.removeprefix("-"))
-    if column is None:
+    build_column = _SORTS.get(sort.removeprefix("-"))
+    if build_column is None:
         raise InvalidQuery(
-            f"{shorten(sort)} is not a sort key: use one of {', '.join(SORTS)}, with - in front to reverse it"
+            f"{shorten(sort)} is not a sort key: use one of {', '.join(_SORTS)}, with - in front to reverse it"
         )
+    column = build_column()
     # Images without a time of build come last.
     return [column.is_(None), column.desc() if sort.startswith("-") else column, *by_name]
-
-
-# Renaming
-
-
-def rename_all(names: Sequence[Name], pattern: str, target: str) -> list[Name]:
-    """Return a new name for each name: ``*`` in the target is the text that the pattern matched.
-
-    Raises:
-        InvalidQuery: if the target has another number of ``*`` than the pattern; or if a result occurs twice, or is
-            one of the other names.
-        InvalidName: if a result is not a name.
-    """
-    stars = pattern.count("*")
-    if target.count("*") != stars:
-        raise InvalidQuery(
-            f"{shorten(pattern)} has {stars} '*', but {shorten(target)} has {target.count('*')}: "
-            "give both the same number"
-        )
-    expression = _compile_pattern(pattern) if is_pattern(pattern) else re.compile(".*")
-    sources = set(names)
-    renamed: dict[Name, None] = {}
-    for name in names:
-        match = expression.fullmatch(str(name))
-        assert match is not None  # the pattern has found the name
-        texts = iter(match.groups())
-        new = Name.parse("".join(next(texts) if part == "*" else part for part in re.split(r"(\*)", target)))
-        if new in renamed:
-            raise InvalidQuery(f"{shorten(target)} gives several images the name {new}: select one of them")
-        if new != name and new in sources:
-            raise InvalidQuery(
-                f"{shorten(target)} gives the name {new}, which another selected image has: choose another target"
-            )
-        renamed[new] = None
-    return list(renamed)
-
-
-def _compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Return a pattern as an expression in which each ``*`` is a group."""
-    parts = re.split(r"(\*|\?|\[[^\]]+\])", pattern)
-    return re.compile("".join({"*": "(.*)", "?": "."}.get(part) or _to_expression(part) for part in parts))
-
-
-def _to_expression(part: str) -> str:
-    is_set = part.startswith("[") and part.endswith("]")
-    return part.replace("\\", r"\\").replace("[!", "[^") if is_set else re.escape(part)

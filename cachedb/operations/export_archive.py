@@ -15,7 +15,8 @@ from cachedb.content.session import Session
 from cachedb.disk.reader import read_small_blob
 from cachedb.disk.waiting import LOG
 from cachedb.errors import CacheError, InvalidManifest, InvalidName
-from cachedb.index.filters import Filters, is_pattern
+from cachedb.index.filters import Filters
+from cachedb.index.patterns import is_pattern
 from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.closure import Closure

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.errors import CacheError, InvalidPolicy, InvalidQuery
-from cachedb.index.filters import is_pattern, parse_label
+from cachedb.index.filters import parse_label
+from cachedb.index.patterns import is_pattern
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import run_query
 from cachedb.oci.names import Name, parse_repository

@@ -15,7 +15,8 @@ from cachedb.disk import locks
 from cachedb.errors import InvalidPolicy
 from cachedb.index import eviction, holds, images
 from cachedb.index.eviction import Rules
-from cachedb.index.filters import Filters, build_conditions, is_like, is_pattern, is_repository_like, subtract_seconds
+from cachedb.index.filters import Filters, build_conditions, subtract_seconds
+from cachedb.index.patterns import is_like, is_pattern, is_repository_like
 from cachedb.index.sqlite.batches import are_among
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import run_query

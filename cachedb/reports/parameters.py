@@ -16,7 +16,8 @@ from typing import NamedTuple
 from sqlalchemy import select
 
 from cachedb.errors import InvalidQuery, NotInCache
-from cachedb.index.filters import is_pattern, narrow, parse_wanted
+from cachedb.index.filters import narrow, parse_wanted
+from cachedb.index.patterns import is_pattern
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import IMAGES
 from cachedb.oci.names import Name
