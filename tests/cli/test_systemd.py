@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[
     """Put a systemctl on the PATH that records its arguments, and return a function that returns them."""
     (tmp_path / "bin").mkdir()
     program, record = tmp_path / "bin" / "systemctl", tmp_path / "calls"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {record}\ntest "$2" != fail || exit 1\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> "{record}"\ntest "$2" != fail || exit 1\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(systemd, "_BOOTED", str(tmp_path))

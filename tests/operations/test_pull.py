@@ -1326,7 +1326,7 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
         host = unreachable if what == "a host" else remote.host
         others = count_connecting(unreachable)
         (tmp_path / "auth.json").write_text(json.dumps({"credsStore": "slow"}))
-        (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > {pid}; exec sleep 25\n")
+        (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > '{pid}'; exec sleep 25\n")
         (tmp_path / "docker-credential-slow").chmod(0o755)
         process = subprocess.Popen(
             [

@@ -581,7 +581,7 @@ def test_no_more_uploads_begin_after_the_registry_refused_one(cache: Cache, tmp_
     make.save(cache, "many:1", make.image(*range(30)))
     for program, answers in (("wrong", '{"Username":"user","Secret":"wrong"}'), ("broken", "")):
         asked = tmp_path / "asked"
-        (tmp_path / f"docker-credential-{program}").write_text(f"#!/bin/sh\necho >>{asked}; echo '{answers}'\n")
+        (tmp_path / f"docker-credential-{program}").write_text(f"#!/bin/sh\necho >>'{asked}'; echo '{answers}'\n")
         (tmp_path / f"docker-credential-{program}").chmod(0o755)
         (tmp_path / "auth.json").write_text(json.dumps({"credsStore": program}))
         with Registry(auth="basic") as remote, pytest.MonkeyPatch.context() as patch:

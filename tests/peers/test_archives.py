@@ -410,7 +410,9 @@ def test_skopeo_finds_a_converted_image_by_name(
     make.save(cache, "app:1", image)
     if several:
         cache.save_manifest("app:1", make.docker_list(make.index(image)))
-    place = f"{transport}:{export(cache, open_folder, form, convert='oci')}:app:1"
+    exported = export(cache, open_folder, form, convert="oci")
+    subprocess.run(["chmod", "-R", "go+rX", exported], check=True)  # whatever the umask
+    place = f"{transport}:{exported}:app:1"
     assert json.loads(ordinary_tools("skopeo", "inspect", "--raw", place))["mediaType"] in (OCI_MANIFEST, OCI_INDEX)
     config = ordinary_tools("skopeo", "--override-arch", "amd64", "inspect", "--config", place)
     assert json.loads(config)["rootfs"] == json.loads(IMAGE.config)["rootfs"]

@@ -52,7 +52,7 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
 
     def install(name: str, script: str) -> Path:
         path, noted = programs / f"docker-credential-{name}", tmp_path / f"asked-{name}"
-        path.write_text(f'#!/bin/sh\nserver=$(cat)\nprintf %s "$1 $server" > {noted}\n{script}\n')
+        path.write_text(f'#!/bin/sh\nserver=$(cat)\nprintf %s "$1 $server" > "{noted}"\n{script}\n')
         path.chmod(0o755)
         return noted
 
@@ -368,7 +368,9 @@ def test_the_error_of_a_failed_helper_names_it_and_hides_its_output(
     assert SECRET not in shown
 
 
-@pytest.mark.parametrize("script", ["sleep 100 & echo $! > {0}; wait", "sleep 100 >&- & echo $! > {0}; exec >&-; wait"])
+@pytest.mark.parametrize(
+    "script", ["sleep 100 & echo $! > '{0}'; wait", "sleep 100 >&- & echo $! > '{0}'; exec >&-; wait"]
+)
 def test_a_hanging_helper_is_killed_with_its_children(
     script: str, home: Path, tmp_path: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +388,7 @@ def test_a_hanging_helper_is_killed_with_its_children(
 
 def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_path: Path, helper: Helper) -> None:
     pid, stopped = tmp_path / "pid", threading.Event()
-    helper("x", f"sleep 100 & echo $! > {pid}; wait")
+    helper("x", f"sleep 100 & echo $! > '{pid}'; wait")
     write_docker_config(home, {"credsStore": "x"})
 
     def stop() -> None:
