@@ -99,11 +99,14 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=header)
-    for column, heading, width in zip(columns, headings, widths, strict=True):
+    # The gaps are columns, because rich before 15 also pads the outer edges, so that a table that fits is folded.
+    table = Table(box=None, padding=0, header_style="bold", show_header=header)
+    for number, (column, heading, width) in enumerate(zip(columns, headings, widths, strict=True)):
+        if number:
+            table.add_column(width=_GAP_CHARACTERS)
         table.add_column(Text(heading), justify="right" if column in right else "left", overflow="fold", width=width)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*[text for cell in row for text in ("", Text(cell))][1:])
     Console(highlight=False).print(table)
 
 
