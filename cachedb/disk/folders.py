@@ -7,6 +7,7 @@ So neither a planted link nor another directory in the cache's place can lead us
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -323,9 +324,20 @@ def file_mode_in(folder: os.stat_result) -> int:
 
 
 def give_to_folder_owner(file: int, folder: os.stat_result) -> None:
-    """Give a file that root made in another user's folder to that user."""
+    """Give a file that root made in another user's folder to that user.
+
+    Root may lack the permission, as in a rootless container. Then the members of a shared cache can still use the file.
+
+    Raises:
+        OSError: if root lacks the permission, and the folder is not shared.
+    """
     if folder.st_uid != 0 and os.geteuid() == 0:
-        os.fchown(file, folder.st_uid, folder.st_gid)
+        try:
+            os.fchown(file, folder.st_uid, folder.st_gid)
+        except OSError as error:
+            # EINVAL means that the owner has no number in this user namespace.
+            if error.errno not in (errno.EPERM, errno.EINVAL) or not is_shared(folder):
+                raise
 
 
 def apply_folder_mode(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
-from cachedb.disk import marker
+from cachedb.disk import folders, marker
 from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
@@ -631,3 +632,20 @@ def test_a_descriptor_that_the_program_has_closed_is_an_error_and_is_not_closed_
     if other is not None:
         assert os.fstat(other).st_ino == (tmp_path / "other").stat().st_ino
         os.close(other)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
+def test_root_without_permission_can_make_files_in_a_shared_cache_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """In a rootless container, root cannot give a file to the owner of the cache."""
+
+    def fchown(_file: int, _user: int, _group: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fchown", fchown)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with (tmp_path / "file").open("wb") as file:
+        folders.give_to_folder_owner(file.fileno(), os.stat_result((0o42770, 1, 1, 2, 1001, 1500, 0, 0, 0, 0)))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            folders.give_to_folder_owner(file.fileno(), os.stat_result((0o40700, 1, 1, 2, 1001, 1500, 0, 0, 0, 0)))
