@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 
 from cachedb.disk import lock_holders
-from cachedb.disk.folders import apply_folder_mode
+from cachedb.disk.folders import apply_folder_mode, is_shared
 from cachedb.disk.forks import close_own, open_own
 from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
@@ -184,6 +184,8 @@ def _open_or_create(path: str, _flags: int) -> int:
             file, is_new = open_regular(path, os.O_RDWR), False
             break
         with suppress(FileExistsError):
+            if (shared := _create_shared(path)) is not None:
+                return shared
             file, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
             break
     try:
@@ -195,4 +197,36 @@ def _open_or_create(path: str, _flags: int) -> int:
     except BaseException:
         os.close(file)
         raise
+    return file
+
+
+def _create_shared(path: str) -> int | None:
+    """Create a lock file that has its mode before its name, so that no member is refused in between.
+
+    Returns:
+        The descriptor; None if the folder is not shared, or the file system cannot do this.
+
+    Raises:
+        FileExistsError: if there is a file.
+    """
+    folder, name = os.path.split(path)
+    if not is_shared(found := os.stat(folder)):
+        return None
+    try:
+        parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            file = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            try:
+                apply_folder_mode(file, found)
+                # With a folder descriptor Python calls linkat(2), which follows the link in /proc.
+                os.link(f"/proc/self/fd/{file}", name, dst_dir_fd=parent)
+            except BaseException:
+                os.close(file)
+                raise
+        finally:
+            os.close(parent)
+    except FileExistsError:
+        raise
+    except OSError:
+        return None
     return file

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import threading
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from cachedb.disk import byte_locks, forks, locks, turns
+from cachedb.disk import byte_locks, folders, forks, locks, turns
 from cachedb.disk.regular import open_regular
 from tests.conftest import run_python, running
 from tests.support.processes import read_state
@@ -596,3 +598,39 @@ def test_an_unreadable_pipe_is_not_a_regular_file() -> None:
                 open_regular(f"{folder}/lock", os.O_RDONLY)
         finally:
             os.seteuid(before)
+
+
+def test_a_lock_file_of_a_shared_folder_has_its_mode_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise another member who opens it in between would be refused."""
+    tmp_path.chmod(0o2770)
+    path, named = tmp_path / "lock", []
+
+    def apply_folder_mode(file: int, folder: os.stat_result) -> None:
+        named.append(path.exists())
+        folders.apply_folder_mode(file, folder)
+
+    monkeypatch.setattr(locks, "apply_folder_mode", apply_folder_mode)
+    for _ in range(2):  # the second time, the file exists
+        lock = locks.acquire(path)
+        assert lock is not None
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert locks.is_held(path)
+        locks.release(lock)
+    assert named == [False]
+
+
+def test_a_lock_file_is_made_where_the_file_system_has_no_unnamed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o2770)
+
+    def link(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    lock = locks.acquire(tmp_path / "lock")
+    assert lock is not None
+    assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o660
+    locks.release(lock)
