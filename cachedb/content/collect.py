@@ -36,9 +36,10 @@ from cachedb.content.session import list_sessions_with_locks, lock_dead_sessions
 from cachedb.disk import downloads, single_flight
 from cachedb.disk.failures import sweep_failures
 from cachedb.disk.folders import Folders, Leftover, rename_over, set_aside
-from cachedb.disk.layout import trash_digest, trash_name
+from cachedb.disk.layout import blob_path, trash_digest, trash_name
+from cachedb.disk.reserve import NO_ROOM_ERRNOS
 from cachedb.disk.waiting import LOG
-from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
+from cachedb.errors import Busy, CacheError, StorageError, explain, is_callers, os_errors
 from cachedb.index import holds
 from cachedb.index.blobs import read_stored_sizes
 from cachedb.index.sqlite.batches import BATCH, split_batches
@@ -110,7 +111,8 @@ def _build_trash_insert() -> Insert:
 
 @cache
 def _select_trash() -> Select[*tuple[Any, ...]]:
-    return select(TRASH.c.digest).limit(bindparam("most"))
+    digest = TRASH.c.digest
+    return select(digest).where(digest > bindparam("after")).order_by(digest).limit(bindparam("most"))
 
 
 @cache
@@ -177,6 +179,7 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH_BLOBS) -> Iterator[
             _move_out(database)
             unlink()  # in each round, so that a large collection frees space from the start
         unlink()
+    left += _move_out(database)
     if left:
         path, reason = left[0]
         raise StorageError(f"collected all garbage, but cannot unlink {str(path)!r}: {reason}")
@@ -197,26 +200,33 @@ def collect_all(database: Database) -> Collected:
 
 
 def empty_trash(database: Database) -> list[Leftover]:
-    """Unlink the files of deleted rows, by way of ``trash/``; return those that cannot be unlinked."""
-    _move_out(database)
+    """Unlink the files of deleted rows, by way of ``trash/``; return those that cannot be moved or unlinked."""
+    immovable = _move_out(database)
     left: list[Leftover] = []
     with _unlinking(database.folders, left) as unlink:
         unlink()
-    return left
+    return immovable + left
 
 
-def _move_out(database: Database) -> None:
-    """Rename the files of deleted rows into ``trash/``."""
-    while database.rows(_select_trash(), {"most": 1}):
+def _move_out(database: Database) -> list[Leftover]:
+    """Rename the files of deleted rows into ``trash/``; return those that cannot be renamed.
+
+    The row of such a file stays in the table ``trash``, so the next call tries again.
+    """
+    left: list[Leftover] = []
+    after = ""  # the last digest that was tried
+    while database.rows(_select_trash(), {"after": after, "most": 1}):
         with database.write() as connection:
             start_time = time.monotonic()
-            digests = [Digest(row) for row in connection.execute(_select_trash(), {"most": BATCH}).scalars()]
+            found = connection.execute(_select_trash(), {"after": after, "most": BATCH}).scalars()
+            digests = [Digest(row) for row in found]
             stored_again = read_stored_sizes(connection, digests)
             done = []
             with ExitStack() as opened:
                 trash = opened.enter_context(database.folders.open("trash"))
                 sources: dict[str, int] = {}
                 for digest in digests:
+                    after = digest
                     done.append(digest)
                     # An index from elsewhere may have a path here that leads out of the cache.
                     if digest in stored_again or not is_digest(digest):
@@ -224,15 +234,22 @@ def _move_out(database: Database) -> None:
                     algorithm, name = split_digest(digest)
                     if algorithm not in sources:
                         sources[algorithm] = opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
-                    with suppress(FileNotFoundError):  # a process renamed it, then crashed before its commit
-                        rename_over(name, sources[algorithm], trash_name(digest), trash)
+                    try:
+                        with suppress(FileNotFoundError):  # a process renamed it, then crashed before its commit
+                            rename_over(name, sources[algorithm], trash_name(digest), trash)
+                    except OSError as error:  # it may be immutable, or another user's in a sticky folder
+                        if error.errno in NO_ROOM_ERRNOS or is_callers(error):
+                            raise
+                        done.pop()
+                        left.append(Leftover(blob_path(database.directory, digest), explain(error)))
                     if time.monotonic() - start_time > _RENAME_SECONDS:
                         break
                 for folder in sources.values():
                     os.fsync(folder)
             connection.execute(_build_trash_delete(), {"digests": done})
-        if len(done) == len(digests) < BATCH:
+        if not digests or (after == digests[-1] and len(digests) < BATCH):
             break
+    return left
 
 
 @contextmanager

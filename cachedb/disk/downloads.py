@@ -14,7 +14,8 @@ from pathlib import Path
 from cachedb.disk import single_flight
 from cachedb.disk.folders import Folders, set_aside
 from cachedb.disk.layout import partial_digest
-from cachedb.errors import ignore_os_errors, os_errors
+from cachedb.disk.waiting import LOG
+from cachedb.errors import explain, ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest
 
 __all__ = ["claim_key", "find_resumable_bytes", "is_stale", "measure_fresh", "remove_stale_downloads"]
@@ -107,10 +108,19 @@ def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> 
                 suppress(FileNotFoundError),
                 single_flight.try_claim(folders.directory, claim_key(digest)) as has_claim,
             ):
-                if has_claim:
-                    os.unlink(name, dir_fd=partial)
+                if has_claim and _try_unlink(name, partial):
                     found = True
     return found
+
+
+def _try_unlink(name: str, folder: int) -> bool:
+    """Unlink a file, and return whether that was possible; another user's file in a sticky folder stays."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except PermissionError as error:
+        LOG.info("a stale download stays: %s", explain(error))
+        return False
+    return True
 
 
 def is_stale(name: str, status: os.stat_result, *, age: float = _STALE_SECONDS) -> bool:

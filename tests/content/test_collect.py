@@ -443,3 +443,49 @@ def test_a_folder_in_the_place_of_a_file_in_the_trash_is_set_aside(cache: Cache)
     left = sorted(path.name.partition(".")[0] for path in (cache.directory / "trash").iterdir())
     assert left == sorted(names)
     assert {problem.kind for problem in cache.verify().problems} == {"orphan"}
+
+
+def test_a_file_that_cannot_be_moved_to_the_trash_blocks_no_other_work(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be immutable, or another user's in a sticky folder."""
+    save(cache, "app:1", image(1))
+    immovable = [b"one", b"two", b"three"]
+    abandon(cache, *immovable, b"movable")
+    paths = {blob_path(cache.directory, Digest(digest_of(data))) for data in immovable}
+
+    def rename_over(name: str, folder: int, new_name: str, new_folder: int) -> None:
+        if name in {path.name for path in paths}:
+            raise PermissionError(errno.EPERM, "Operation not permitted", name)
+        os.rename(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
+
+    monkeypatch.setattr(collect, "BATCH", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "rename_over", rename_over)
+        with pytest.raises(StorageError, match=r"collected all garbage, but cannot unlink '.*/blobs/sha256/"):
+            cache.collect_garbage()
+        with pytest.raises(StorageError, match=r"collected all garbage, but cannot unlink '.*/blobs/sha256/"):
+            cache.collect_garbage()  # it deletes no rows
+        with Cache.open(cache.directory) as other:
+            assert {left.path for left in other.get_leftovers()} == paths
+            other.tag("app:1", "app:2")
+            assert {problem.path for problem in other.verify().problems} == paths
+    assert all(path.exists() for path in paths)
+    cache.collect_garbage()
+    assert cache.verify().problems == []
+    assert not any(path.exists() for path in paths)
+
+
+def test_a_full_disk_while_files_are_moved_to_the_trash_is_an_error(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the reserve would not be given up."""
+    abandon(cache, b"unreferenced")
+
+    def rename_over(name: str, _folder: int, _new_name: str, _new_folder: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    monkeypatch.setattr(collect, "rename_over", rename_over)
+    with pytest.raises(StorageError) as caught:
+        list(collect.collect(index))
+    assert caught.value.errno == errno.ENOSPC

@@ -14,6 +14,8 @@ import pytest
 
 from cachedb import Cache
 from cachedb.disk import downloads
+from cachedb.disk.layout import trash_name
+from cachedb.oci.digests import Digest
 from tests.conftest import Run, run_python, running
 from tests.index.sqlite.test_database import content
 from tests.support.make import digest_of, image, oci_files, save
@@ -398,3 +400,46 @@ def test_a_download_of_another_user_begins_again(tmp_path: Path) -> None:
     assert downloads.find_resumable_bytes(folder, path.name, 10) == 0
     os.close(folder)
     assert not path.exists()
+
+
+@NEEDS_ROOT
+@pytest.mark.slow
+def test_files_that_only_their_owner_can_remove_block_no_member(shared: Path) -> None:
+    """In sticky folders, members cannot remove each other's files."""
+    partial = shared / "ingest" / "partial" / trash_name(Digest(digest_of(b"half")))
+    partial.touch()
+    os.chown(partial, 1001, GROUP)
+    for folder in (shared, *(path for path in shared.rglob("*") if path.is_dir())):
+        folder.chmod(0o3770)
+    run_python(
+        BECOME
+        + """
+from cachedb import StorageError
+from cachedb.disk import downloads
+become(1002)
+with Cache.open(sys.argv[1]) as cache:
+    cache.tag("app:1", "app:2")
+    cache.remove_manifest("app:1", "app:2")
+    try:
+        cache.collect_garbage()
+    except StorageError as error:
+        assert "collected all garbage" in str(error), error
+    else:
+        sys.exit("it removed another user's file")
+    assert not downloads.remove_stale_downloads(cache._database.folders, age=0)
+    save(cache, "app:3", image(3))
+with Cache.open(sys.argv[1]) as cache:
+    assert len(cache.get_leftovers()) == len(image(1, 2).blobs)
+    assert [str(name) for name in cache.list_names()] == ["app:3"]
+""",
+        shared,
+    )
+    run_python(
+        BECOME
+        + """
+become(1001)
+with Cache.open(sys.argv[1]) as cache:
+    assert cache.verify().problems == []
+""",
+        shared,
+    )
