@@ -23,7 +23,7 @@ from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
-from cachedb.transports.archive import files, model
+from cachedb.transports.archive import files, model, unpack_limit
 from cachedb.transports.archive.diff_ids import DiffId
 from cachedb.transports.archive.names import Wanted
 from cachedb.transports.archive.read import read_images
@@ -48,7 +48,7 @@ def import_archive(
         raise CacheError("only an image layout folder can be imported with links: import an archive without them")
     if wanted.name is not None and wanted.repository is not None:
         raise CacheError("a name and a repository were given: give one of them")
-    max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
+    max_bytes = unpack_limit.read_max_unpacked() if max_unpacked is None else max_unpacked
     with files.open_files(source, session.new_file, max_bytes) as opened_files:
         found = read_images(opened_files, wanted)
         return _import(database, session, found, progress, max_bytes, ttl, replace=replace, link=link)
@@ -141,7 +141,7 @@ def _receive(
 ) -> None:
     """Receive an archive's blobs in several threads; blobs that are stored already are only verified."""
     compressed = sum(blob.size for blob in blobs.values() if blob.diff_id)
-    limit = files.UnpackLimit("the layers in the archive unpack", compressed, max_bytes)
+    limit = unpack_limit.UnpackLimit("the layers in the archive unpack", compressed, max_bytes)
 
     def receive_linked(blob: model.ArchivedBlob, digest: Digest, path: Path, advance: Advance) -> Received:
         with os_errors("read the archive"), files.descriptor(path) as file:

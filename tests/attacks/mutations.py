@@ -731,7 +731,7 @@ MUTATIONS = [
     Mutation("a pushed blob is verified", "cachedb/transports/registry/upload.py", '        if self._hashed == self._size and f"', '        if False and f"', "tests/operations/test_push.py -k damaged"),
     Mutation("the unpacked size of an archive has a limit", "cachedb/transports/archive/files.py", "                limit.add(len(part))\n", "", "tests/transports/archive/test_read.py -k 'unpacks or raised'"),
     Mutation("the unpacked size of layers has a limit", "cachedb/transports/archive/diff_ids.py", "            self._limit.add(len(part))\n", "", "tests/transports/archive/test_read.py -k unpack"),
-    Mutation("the ratio of unpacked to packed size has a limit", "cachedb/transports/archive/files.py", "if self._most is not None or by_ratio > _UNPACKED_LIMIT:", "if True:", "tests/transports/archive/test_read.py -k many_times"),
+    Mutation("the ratio of unpacked to packed size has a limit", "cachedb/transports/archive/unpack_limit.py", "if self._most is not None or by_ratio > _UNPACKED_LIMIT:", "if True:", "tests/transports/archive/test_read.py -k many_times"),
     Mutation("unpacking leaves free space for others", "cachedb/transports/archive/files.py", "    if written > _SPACE_SHARE * left:\n", "    if False:\n", "tests/transports/archive/test_read.py -k space"),
     Mutation("an error names a path that is too long for SQLite", "cachedb/index/sqlite/prepare.py", " or explain_path_limit(database.path):", ":", "tests/index/sqlite/test_database.py -k too_long"),
     Mutation("the length of a path counts with its links resolved", "cachedb/index/sqlite/errors.py", "max(len(os.fsencode(path)), len(os.fsencode(os.path.realpath(path))))", "len(os.fsencode(path))", "tests/index/sqlite/test_database.py -k symbolic"),

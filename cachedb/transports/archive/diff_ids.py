@@ -7,8 +7,8 @@ import hashlib
 from cachedb.errors import DigestMismatch, InvalidArchive
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.transports.archive.compression import Decompressor
-from cachedb.transports.archive.files import UnpackLimit
 from cachedb.transports.archive.tar import SAVE_AGAIN
+from cachedb.transports.archive.unpack_limit import UnpackLimit
 
 __all__ = ["DiffId"]
 

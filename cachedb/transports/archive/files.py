@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO, RawIOBase
@@ -18,21 +17,19 @@ from typing import BinaryIO, Protocol
 
 from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import CHUNK_BYTES, write_all
-from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
-from cachedb.text import format_size, parse_size, shorten
+from cachedb.errors import InvalidArchive, StorageError, os_errors
+from cachedb.text import format_size, shorten
 from cachedb.transports.archive import tar
 from cachedb.transports.archive.compression import MAGIC_LENGTH, Decompressor, detect_compression
+from cachedb.transports.archive.unpack_limit import UnpackLimit
 
-__all__ = ["Files", "Section", "UnpackLimit", "descriptor", "open_files", "read_max_unpacked"]
+__all__ = ["Files", "Section", "descriptor", "open_files"]
 
 
 _MEMBERS_LIMIT = 100_000
 _NAMES_LIMIT = 16 * 1024 * 1024  # characters in the names and links of all members
 _NAME_LIMIT = 4096  # bytes, the limit of a path on Linux
 _LINKS_LIMIT = 40  # links to follow from one name, the limit on Linux
-_UNPACKED_LIMIT = 64 * 1024**3  # bytes
-_RATIO_LIMIT = 100  # unpacked bytes allowed per compressed byte
-_RATIO_FREE = 256 * 1024**2  # unpacked bytes allowed whatever the ratio
 _SPACE_CHECK_BYTES = 8 * CHUNK_BYTES  # unpacked between two checks of the free space
 _SPACE_SHARE = 3  # unpacked bytes allowed per free byte
 
@@ -268,63 +265,6 @@ def _resolve_link(name: str, target: str) -> str | None:
         raise InvalidArchive(f"the link {shorten(name)} in the archive has an invalid file name")
     normal = posixpath.normpath(target)
     return None if posixpath.isabs(normal) or normal == ".." or normal.startswith("../") else normal
-
-
-def read_max_unpacked() -> int | None:
-    """Return the size in ``CACHEDB_MAX_UNPACKED`` in bytes; None if it is not set.
-
-    Raises:
-        CacheError: if it is not a size.
-    """
-    text = os.environ.get("CACHEDB_MAX_UNPACKED")
-    if not text:
-        return None
-    size = parse_size(text)
-    if size is None:
-        raise CacheError(f"CACHEDB_MAX_UNPACKED is {text!r}: write a size such as 500MB or 64GiB")
-    return size
-
-
-class UnpackLimit:
-    """Limit on the size of unpacked content that belongs together; safe to use from several threads."""
-
-    def __init__(self, what: str, compressed: int, most: int | None) -> None:
-        """Create a limit; the default is 100 times the compressed size, at least 256 MiB and at most 64 GiB.
-
-        Args:
-            what: the start of an error, such as ``the layers in the archive unpack``.
-            compressed: the compressed size in bytes, as far as it is known.
-            most: the limit in bytes, whatever the ratio; None for the default.
-        """
-        self._what, self._compressed, self._most = what, compressed, most
-        self._guard, self._unpacked = threading.Lock(), 0
-
-    def add_compressed(self, count: int) -> None:
-        """Add to the compressed size, if it was not known at the start."""
-        self._compressed += count
-
-    def add(self, count: int) -> None:
-        """Add to the unpacked size.
-
-        Raises:
-            InvalidArchive: if it exceeds the limit.
-        """
-        with self._guard:
-            self._unpacked += count
-            unpacked = self._unpacked
-        by_ratio = max(_RATIO_FREE, _RATIO_LIMIT * self._compressed)
-        if self._most is not None or by_ratio > _UNPACKED_LIMIT:
-            cap = _UNPACKED_LIMIT if self._most is None else self._most
-            why = "the cap on unpacked bytes"
-        else:
-            cap, why = by_ratio, f"the cap of {_RATIO_LIMIT} times the compressed size"
-            if cap == _RATIO_FREE:
-                why = f"the cap for content over {_RATIO_LIMIT} times the compressed size"
-        if unpacked > cap:
-            raise InvalidArchive(
-                f"{self._what} to more than {format_size(cap)}, {why}: "
-                "if you trust it, raise the cap with --max-unpacked SIZE or CACHEDB_MAX_UNPACKED=SIZE"
-            )
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from cachedb.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER,
 from cachedb.oci.names import Name
 from cachedb.transports.archive import compression as compression_
 from cachedb.transports.archive import files as files_module
-from cachedb.transports.archive import model
+from cachedb.transports.archive import model, unpack_limit
 from cachedb.transports.archive import read as archive
 from cachedb.transports.archive.names import Wanted
 from tests.conftest import Run, snapshot
@@ -1228,7 +1228,7 @@ def layer_bomb(compress: Callable[[bytes], bytes]) -> bytes:
 def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(
     unchanged: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes], piped: bool
 ) -> None:
-    monkeypatch.setattr(files_module, "_RATIO_FREE", 8 * 1024 * 1024)
+    monkeypatch.setattr(unpack_limit, "_RATIO_FREE", 8 * 1024 * 1024)
     data = compress(BOMB)
     path = make.write_bytes(tmp_path / "bomb", data)
     message = import_refused(unchanged, io.BytesIO(data) if piped else path)
@@ -1241,7 +1241,7 @@ def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(
 def test_layers_that_unpack_to_many_times_their_size_are_refused(
     unchanged: Cache, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
 ) -> None:
-    monkeypatch.setattr(files_module, "_RATIO_FREE", 8 * 1024 * 1024)
+    monkeypatch.setattr(unpack_limit, "_RATIO_FREE", 8 * 1024 * 1024)
     message = import_refused(unchanged, io.BytesIO(layer_bomb(compress)))
     assert message.startswith("the layers in the archive unpack to more than ")
     assert "100 times the compressed size" in message
@@ -1250,7 +1250,7 @@ def test_layers_that_unpack_to_many_times_their_size_are_refused(
 def test_an_archive_that_unpacks_to_more_than_the_cap_is_refused(
     unchanged: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "_UNPACKED_LIMIT", 1024 * 1024)
+    monkeypatch.setattr(unpack_limit, "_UNPACKED_LIMIT", 1024 * 1024)
     noise = make.random_bytes(2 * 1024 * 1024, 1)
     message = import_refused(unchanged, io.BytesIO(gzip.compress(tar_of({"layer.tar": noise}), 1)))
     assert "unpacks to more than 1.05 MB, the cap on unpacked bytes" in message
@@ -1263,7 +1263,7 @@ def test_the_layers_of_an_archive_share_one_unpacking_cap(unchanged: Cache, monk
     entries = [{"Config": "config.json", "RepoTags": ["app:1"], "Layers": names}]
     files = {"manifest.json": json.dumps(entries).encode(), "config.json": config}
     files |= {name: gzip.compress(layer) for name, layer in zip(names, layers, strict=True)}
-    monkeypatch.setattr(files_module, "_RATIO_FREE", 1_000_000)
+    monkeypatch.setattr(unpack_limit, "_RATIO_FREE", 1_000_000)
     assert "unpack to more than 1 MB" in import_refused(unchanged, tar_file(files))
 
 
