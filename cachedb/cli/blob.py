@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import DIGEST, format_examples
+from cachedb.cli.spelling import SpellingGroup
 from cachedb.cli.streams import get_stdin, get_stdout
 from cachedb.oci.digests import Algorithm
 

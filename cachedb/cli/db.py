@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from cachedb.cli.context import cache_directory
-from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import format_examples, format_option
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_stages
+from cachedb.cli.spelling import SpellingGroup
 from cachedb.text import format_size, printable
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from typing import NoReturn
 import click
 
 from cachedb import __version__
-from cachedb.cli.familiar import ALIASES, OtherCommand, check_arguments, explain_option, translate
-from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
+from cachedb.cli.other_tools import ALIASES, OtherCommand, check_arguments, explain_option, translate
 from cachedb.cli.signals import exit_terminated, finished, raise_interrupt
+from cachedb.cli.spelling import SpellingGroup
 from cachedb.cli.streams import discard_output, open_standard_files
 from cachedb.errors import (
     CacheError,

@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from cachedb.cli.context import cache_directory
-from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.options import format_examples
+from cachedb.cli.spelling import SpellingGroup
 from cachedb.cli.streams import write_text
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.errors import CacheError, os_errors

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from cachedb import Cache
-from cachedb.cli.familiar import ALIASES, check_arguments, translate
-from cachedb.cli.groups import SpellingGroup
 from cachedb.cli.main import cli
+from cachedb.cli.other_tools import ALIASES, check_arguments, translate
+from cachedb.cli.spelling import SpellingGroup
 from tests.conftest import Run
 from tests.support import make
 from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
