@@ -10,7 +10,6 @@ import time
 from contextlib import closing, suppress
 from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection
@@ -39,6 +38,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name, RemoteName
+from cachedb.operations.fetch_blob import fetch_blob
 from cachedb.operations.room import Room
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
@@ -433,73 +433,6 @@ class _Pull:
         return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
-        """Download a blob, or wait for another process that downloads it, and hold it."""
         advance = blob_reporter(blob.digest, blob.size, self._blob_progress, advance)
-        while True:
-            try:
-                self._fetch_once(blob, advance)
-            except single_flight.ClaimLost as error:
-                LOG.warning("%s", error)  # another process took over: wait for it
-            else:
-                break
+        fetch_blob(self._database, self._session, self._source, blob, self._holds, advance)
         self._downloaded[blob.digest] = blob.size
-
-    def _fetch_once(self, blob: Descriptor, advance: Advance) -> None:
-        """Download a blob, or wait for another process that downloads it, and hold it.
-
-        Raises:
-            ClaimLost: if another process has taken over the download.
-        """
-        directory = self._database.directory
-        path = partial_path(directory, blob.digest)
-        seen = done = 0
-
-        def find() -> Hold | None:
-            hold = publish.hold_stored(self._database, self._session, [blob.digest])
-            return hold if hold.digests else None
-
-        def sleep(seconds: float) -> None:
-            nonlocal seen
-            time.sleep(seconds)
-            downloaded = _measure_partial(path, blob.size)
-            advance(downloaded - seen)
-            seen = downloaded
-
-        def count(new: int) -> None:
-            nonlocal done
-            done += new
-            advance(new)
-
-        key = downloads.claim_key(blob.digest)
-        with single_flight.claim_or_find(
-            directory,
-            key,
-            find,
-            sleep,
-            seconds=self._database.wait_seconds,
-            may_take_over=True,
-            is_working=None,
-        ) as held:
-            advance(-seen)
-            if held is not None:
-                self._holds.append(held)
-                advance(blob.size)
-                return
-            content = self._source.download(blob, count)
-            try:
-                single_flight.check_claim(directory, key)
-                received = publish.receive_download(self._session, path, content)
-            except single_flight.ClaimLost:
-                advance(-done)
-                raise
-            with publish.publish(self._database, self._session, [received]) as connection:
-                self._holds.append(self._session.lease(connection, [blob.digest]))
-            with suppress(CacheError), ignore_os_errors():  # the blob is stored already
-                self._database.folders.remove(f"ingest/partial/{path.name}")
-
-
-def _measure_partial(path: Path, size: int) -> int:
-    """Return the bytes of a partial download, at most those of the blob; 0 if there is none."""
-    with ignore_os_errors():
-        return min(path.lstat().st_size, size)
-    return 0
