@@ -9,8 +9,6 @@ gets one: a manifest becomes an image, and `gc` may collect the others.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, select
 
 from cachedb.content import collect, describe, save
 from cachedb.content.session import Session, find_unfinished_digests
-from cachedb.disk.durable import copy_to_new, sync_folder
-from cachedb.disk.folders import Folders, Leftover
+from cachedb.disk.folders import Leftover
+from cachedb.disk.hashes import Reading, hash_files
 from cachedb.disk.layout import (
     blob_path,
     is_received,
@@ -34,8 +32,7 @@ from cachedb.disk.layout import (
     quarantine_path,
     trash_digest,
 )
-from cachedb.disk.regular import open_regular
-from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
+from cachedb.disk.writer import file_identity
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -44,22 +41,20 @@ from cachedb.errors import (
     SchemaMismatch,
     StorageError,
     explain,
-    is_callers,
     os_errors,
 )
 from cachedb.index import drift, images
-from cachedb.index.blobs import read_all_stored_sizes, read_image_names, read_stored_sizes, set_stored
+from cachedb.index.blobs import read_all_stored_sizes, read_image_names, read_stored_sizes
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults, read_journal_mode
 from cachedb.index.sqlite.prepare import accept_copy
-from cachedb.index.tables import BLOBS, IMAGES, REVISION, TRASH
-from cachedb.oci.digests import Digest, split_digest
-from cachedb.oci.manifests import DOCUMENT_LIMIT
+from cachedb.index.tables import IMAGES, REVISION, TRASH
+from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.operations import rebuild
-from cachedb.progress import Advance, Progress, sum_progress
-from cachedb.threads import in_threads
+from cachedb.operations.repair import REPAIRS, move_to_quarantine
+from cachedb.progress import Progress
 
 __all__ = ["KINDS", "Problem", "Verification", "verify"]
 
@@ -73,8 +68,6 @@ KINDS = ("missing", "corrupt", "wrong_size", "orphan", "index")
 - orphan: a file has no row, or does not belong to the cache.
 - index: the index is damaged or was changed, or differs from a manifest or config.
 """
-
-_FILES_PER_TASK = 64  # small files that a thread hashes in one task
 
 
 class Problem(NamedTuple):
@@ -93,15 +86,6 @@ class Verification(NamedTuple):
 
     checked: int  # files
     problems: list[Problem]
-
-
-class Reading(NamedTuple):
-    """The result of hashing a file."""
-
-    file: tuple[int, int, int]  # its identity, to notice a replacement
-    size: int  # bytes
-    digest: Digest | None  # None if the file could not be read
-    detail: str
 
 
 def verify(
@@ -154,7 +138,7 @@ def _verify(
     files, strays = list_blob_files(database.directory)
     if problems and not repair:
         # A damaged index cannot be trusted, and one with another schema is not read. Files have their names to check.
-        readings = {} if quick else _hash_files(database.directory, files, progress)
+        readings = {} if quick else hash_files(database.directory, files, progress)
         return Verification(len(files), problems + list(_find_corrupt(database.directory, readings)))
     problems += _check_settings(database, repair=repair)
     with database.read() as connection:
@@ -162,7 +146,7 @@ def _verify(
     suspects = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
     # A quick repair reads the suspects too: a file may be intact although its size differs from its row.
     wanted = files.keys() if not quick else files.keys() & suspects if repair else set()
-    readings = _hash_files(database.directory, {digest: files[digest] for digest in wanted}, progress)
+    readings = hash_files(database.directory, {digest: files[digest] for digest in wanted}, progress)
     suspects.update(digest for digest, reading in readings.items() if reading.digest != digest)
     problems += _check_strays(database, strays, repair=repair)
     known = dict(left)
@@ -216,55 +200,6 @@ def _find_corrupt(directory: Path, readings: dict[Digest, Reading]) -> Iterator[
             yield Problem("corrupt", digest, blob_path(directory, digest), reading.detail, None)
 
 
-def _hash_files(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Reading]:
-    """Hash files in several threads; skip files that were deleted meanwhile."""
-
-    def read(digests: list[Digest], advance: Advance) -> list[tuple[Digest, Reading]]:
-        buffer = memoryview(bytearray(CHUNK_BYTES))
-        found = ((digest, _hash_file(blob_path(directory, digest), digest, buffer, advance)) for digest in digests)
-        return [(digest, reading) for digest, reading in found if reading]
-
-    parts = in_threads(read, _group_files(files), sum_progress(sum(files.values()), progress))
-    return {digest: reading for part in parts for digest, reading in part}
-
-
-def _group_files(files: dict[Digest, int]) -> Iterator[list[Digest]]:
-    """Group files into tasks: large files first and alone, so that no thread works long after the others."""
-    part: list[Digest] = []
-    for digest in sorted(files, key=lambda digest: -files[digest]):
-        part.append(digest)
-        if len(part) == _FILES_PER_TASK or files[digest] > CHUNK_BYTES:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def _hash_file(path: Path, digest: Digest, buffer: memoryview, advance: Advance) -> Reading | None:
-    """Hash a file; return None if it does not exist."""
-    algorithm, _ = split_digest(digest)
-    hasher, size = hashlib.new(algorithm), 0
-    read = (0, 0, 0)
-    try:
-        read = file_identity(path.lstat())  # for a file that cannot be opened
-        with open(path, "rb", buffering=0, opener=open_regular) as file:
-            read = file_identity(os.fstat(file.fileno()))
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-                size += count
-                advance(count)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if is_callers(error):
-            raise  # the callback failed, not the file
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise StorageError(f"cannot read a blob: {explain(error)}") from error  # the file may be intact
-        return Reading(read, size, None, f"the file cannot be read: {explain(error)}")
-    found = Digest(f"{algorithm}:{hasher.hexdigest()}")
-    return Reading(read, size, found, f"the content has digest {found}")
-
-
 def _check_again(database: Database, suspects: dict[Digest, Reading | None], *, repair: bool) -> list[Problem]:
     """Check suspected blobs again; report the problems that remain, and repair them.
 
@@ -286,7 +221,7 @@ def _check_again(database: Database, suspects: dict[Digest, Reading | None], *, 
                 continue
             kind, detail = _judge_blob(digest, rows.get(digest), status, reading)
             if kind:
-                done = _REPAIRS[kind](connection, database.directory, digest, reading) if repair else None
+                done = REPAIRS[kind](connection, database.directory, digest, reading) if repair else None
                 problems.append(Problem(kind, digest, path, detail, done))
     return problems
 
@@ -321,75 +256,6 @@ def _read_status(path: Path) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _add_row(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
-    if reading is None:
-        return None  # the file is new: the next verification reads it
-    path = blob_path(directory, digest)
-    with open(path, "rb", opener=open_regular) as file:
-        if os.fstat(file.fileno()).st_mode & 0o222:
-            os.fchmod(file.fileno(), 0o444)
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-    set_stored(connection, [Received(digest, reading.size, None)])
-    if reading.size <= DOCUMENT_LIMIT:
-        save.associate_waiting(connection, directory, [digest])
-    return "added to the index"
-
-
-def _mark_missing(connection: Connection, _directory: Path, digest: Digest, _reading: Reading | None = None) -> str:
-    connection.execute(update(BLOBS).where(BLOBS.c.digest == digest).values(stored_at=None))
-    return "marked as not stored: import or pull it again"
-
-
-def _quarantine(connection: Connection, directory: Path, digest: Digest, _reading: Reading | None) -> str:
-    path = blob_path(directory, digest)
-    kept = quarantine_path(directory, digest.replace(":", "-"))
-    if digest not in read_stored_sizes(connection, [digest]):
-        _move_to_quarantine(directory, path, kept)
-    else:
-        # The file keeps its first name until the change of its row is committed; then the trash takes it.
-        with Folders(directory).open("quarantine") as quarantine:
-            try:
-                os.link(path, kept.name, dst_dir_fd=quarantine, follow_symlinks=False)
-            except PermissionError:  # Linux may refuse a hard link to another user's file
-                with open(path, "rb", opener=open_regular) as file:
-                    copy_to_new(file, kept.name, quarantine)
-            os.fsync(quarantine)
-        connection.execute(delete(TRASH).where(TRASH.c.digest == digest))
-        connection.execute(insert(TRASH).values(digest=digest, size=path.stat().st_size))
-        _mark_missing(connection, directory, digest)
-    return f"moved to quarantine/{kept.name}: import or pull it again"
-
-
-def _move_to_quarantine(directory: Path, path: Path, kept: Path) -> None:
-    """Move an entry of a folder to ``quarantine/`` durably; folders that are symbolic links are refused."""
-    folders = Folders(directory)
-    with (
-        folders.open(str(path.parent.relative_to(directory))) as source,
-        folders.open("quarantine") as quarantine,
-    ):
-        os.rename(path.name, kept.name, src_dir_fd=source, dst_dir_fd=quarantine)
-        os.fsync(source)
-        os.fsync(quarantine)
-
-
-def _correct_size(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
-    if reading is None:
-        return None  # the file is new: the next verification reads it
-    if reading.digest != digest:
-        return _quarantine(connection, directory, digest, reading)
-    set_stored(connection, [Received(digest, reading.size, None)])
-    return "the size in the index was corrected; the file is intact"
-
-
-_REPAIRS: dict[str, Callable[[Connection, Path, Digest, Reading | None], str | None]] = {
-    "missing": _mark_missing,
-    "corrupt": _quarantine,
-    "wrong_size": _correct_size,
-    "orphan": _add_row,
-}
-
-
 def _name_orphans(database: Database, files: dict[Digest, int], problems: list[Problem]) -> list[Problem]:
     """Name the manifests among the orphans that got a row, and mention it in their problems."""
     adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
@@ -414,7 +280,7 @@ def _check_strays(database: Database, strays: Iterable[Path], *, repair: bool) -
                     continue
                 kept = quarantine_path(database.directory, path.name)
                 try:
-                    _move_to_quarantine(database.directory, path, kept)
+                    move_to_quarantine(database.directory, path, kept)
                     done = f"moved to quarantine/{kept.name}"
                 except PermissionError as error:  # only the owner of a folder can move it elsewhere
                     detail = f"{detail}; it cannot be moved: {explain(error)}"

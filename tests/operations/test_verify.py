@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError
+from cachedb.disk import hashes
 from cachedb.disk.layout import blob_path
 from cachedb.errors import Busy, DamagedIndex, SchemaMismatch, StorageError
 from cachedb.index import blobs
@@ -26,6 +27,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.operations import verify
+from cachedb.operations.repair import _mark_missing
 from cachedb.operations.verify import KINDS, Problem
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
 from tests.index.test_schema import change_index
@@ -146,7 +148,7 @@ def test_incomplete_images_and_attached_blobs_are_no_problem(cache: Cache) -> No
 
 
 def test_every_byte_is_read_and_progress_reaches_the_total(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(hashes, "CHUNK_BYTES", 100)
     seen: list[tuple[int, int]] = []
     cache.verify(progress=lambda done, total: seen.append((done, total)))
     total = sum(files_of(cache.directory).values())
@@ -161,25 +163,8 @@ def test_a_quick_verification_reads_no_file(cache: Cache) -> None:
     assert seen == []
 
 
-def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(verify, "_FILES_PER_TASK", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    both = threading.Barrier(2, timeout=60)
-    read_file = verify._hash_file
-
-    def meet_and_read(*arguments: Any) -> object:
-        both.wait()
-        return read_file(*arguments)
-
-    monkeypatch.setattr(verify, "_hash_file", meet_and_read)
-    if len(files_of(cache.directory)) % 2:
-        cache.add_blob(b"makes the number of files even")
-    assert cache.verify().problems == []
-
-
 def test_an_interrupt_stops_the_verification_soon(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(hashes, "CHUNK_BYTES", 1000)
     cache.add_blob(make.random_bytes(2_000_000, 1))
     is_interrupted, seen = threading.Event(), list[tuple[int, int]]()
 
@@ -322,7 +307,7 @@ def fail_reading(patch: pytest.MonkeyPatch, path: Path, fails: str, code: int = 
             raise OSError(code, os.strerror(code), str(path))
         return Failing(path)
 
-    patch.setattr(verify, "open", open_failing, raising=False)
+    patch.setattr(hashes, "open", open_failing, raising=False)
 
 
 def test_a_limit_of_the_process_is_not_reported_as_a_damaged_file(
@@ -603,7 +588,7 @@ def test_a_failed_repair_leaves_the_damaged_blob_in_place(cache: Cache, monkeypa
         raise StorageError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "_mark_missing", fail)
+        patch.setattr("cachedb.operations.repair._mark_missing", fail)
         with pytest.raises(StorageError):
             cache.verify(repair=True)
     assert LAYER in stored_rows(cache.directory)
@@ -633,13 +618,12 @@ def test_the_next_open_finishes_a_repair_that_died_before_it_emptied_the_trash(
 
 def test_a_damaged_file_is_in_quarantine_before_its_row_changes(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     altered = alter(cache, LAYER)
-    unstore = verify._mark_missing
 
     def check_and_unstore(*arguments: Any) -> str:
         assert read_quarantine(cache) == {LAYER.replace(":", "-"): altered}
-        return unstore(*arguments)
+        return _mark_missing(*arguments)
 
-    monkeypatch.setattr(verify, "_mark_missing", check_and_unstore)
+    monkeypatch.setattr("cachedb.operations.repair._mark_missing", check_and_unstore)
     assert cache.verify(repair=True).problems
 
 
