@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb.reports.image_rows import AgeGroup
+from cachedb.reports.image_rows import AgeGroup, ImageRow
 from cachedb.reports.words import AGE_DAYS, Row, build_age_expression, fetch_rows
 
 __all__ = [
@@ -88,14 +88,11 @@ def fetch_uses(connection: Connection, ages: Sequence[AgeGroup], now: datetime) 
     return found
 
 
-def compute_sharing(connection: Connection, totals: dict[str, int], repositories: Sequence[Row]) -> dict[str, Any]:
+def compute_sharing(connection: Connection, repositories: Sequence[Row], rows: Sequence[ImageRow]) -> dict[str, Any]:
     """Return a matrix of the bytes that images share, or repositories if there are many images."""
-    if totals["images"] <= _MATRIX_ROWS:
+    if len(rows) <= _MATRIX_ROWS:
         kind, condition = "images", "i.repository = :repository AND i.reference = :reference"
-        images = fetch_rows(
-            connection,
-            "SELECT name, repository, reference FROM image_usage WHERE shared_size > 0 ORDER BY shared_size DESC, name",
-        )
+        images = sorted((row for row in rows if row.shared_size), key=lambda row: (-row.shared_size, row.name))
         chosen = {row.name: {"repository": row.repository, "reference": row.reference} for row in images}
     else:
         kind, condition = "repositories", "i.repository = :repository"

@@ -55,7 +55,7 @@ def render(connection: Connection, directory: Path) -> str:
     layers = image_table.fetch_layers(connection)
     images = image_table.fetch_images(connection, rows, layers, bases, outdated_images)
     listed = repositories[: image_table.TABLE_ROWS]
-    tiles = make_tiles(connection, totals, repositories, rows)
+    tiles = make_tiles(connection, totals, repositories, rows, ages)
     return _load_template().render(
         directory=directory,
         now=now,
@@ -67,7 +67,7 @@ def render(connection: Connection, directory: Path) -> str:
         drawn=find_drawn(tiles),
         growth=charts.fetch_growth(connection, now),
         uses=charts.fetch_uses(connection, ages, now),
-        sharing=charts.compute_sharing(connection, totals, repositories),
+        sharing=charts.compute_sharing(connection, repositories, rows),
         bases=charts.count_bases(bases),
         shared_layers=fetch_rows(
             connection,

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb.reports.image_rows import AgeGroup, ImageRow, group_by_age
+from cachedb.reports.image_rows import AgeGroup, ImageRow
 from cachedb.reports.treemap import Tile, lay_out
 from cachedb.reports.words import Row, clean_text, fetch_rows, format_command, format_count
 from cachedb.text import shorten_digest
@@ -29,7 +29,11 @@ class Shared(NamedTuple):
 
 
 def make_tiles(
-    connection: Connection, totals: dict[str, int], repositories: Sequence[Row], rows: Sequence[ImageRow]
+    connection: Connection,
+    totals: dict[str, int],
+    repositories: Sequence[Row],
+    rows: Sequence[ImageRow],
+    ages: Sequence[AgeGroup],
 ) -> list[Tile]:
     """Return tiles that show each stored byte once: namespaces contain repositories, then images, then layers.
 
@@ -41,7 +45,6 @@ def make_tiles(
     namespaces = choose_namespaces([row.repository for row in repositories])
     shared = _find_shared_in_namespaces(connection, namespaces) if namespaces else {}
     blobs = _make_blob_tiles(connection, shared, min_bytes)
-    ages = group_by_age(rows)
     images = _make_image_tiles(rows, blobs, ages, min_bytes)
     made = _make_repository_tiles(repositories, blobs, images, ages, min_bytes)
     sizes = {row.repository: row.unique_size for row in repositories}
