@@ -843,14 +843,16 @@ class Cache:
     ) -> Pruned:
         """Collect garbage, then remove the images that a policy removes. One process prunes at a time.
 
-        An image that was used, moved, pinned or held since it was planned stays. Other processes can write between two
-        batches. If the policy of the cache has limits, `pull`, `cache_from_tar`, `adopt` and the methods that save do
-        this by themselves; docs/reference/configuration.md says when.
+        An image that was used, moved, pinned or held since it was planned stays. If a limit is missed then, other
+        images are planned. Other processes can write between two batches. If the policy of the cache has limits,
+        `pull`, `cache_from_tar`, `adopt` and the methods that save do this by themselves;
+        docs/reference/configuration.md says when.
 
         Args:
             policy: as for `plan_prune`.
             to_free: as for `plan_prune`.
-            plan: the images to remove, of an earlier `plan_prune`; then ``policy`` and ``to_free`` have no effect.
+            plan: the images to remove, of an earlier `plan_prune`; then ``policy`` and ``to_free`` have no effect,
+                and no other images are planned.
             progress: called with the bytes that the images have freed so far, and that they free in all.
 
         Returns:

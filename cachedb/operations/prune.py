@@ -6,8 +6,9 @@ A removal checks each image again under the write lock, and skips what has chang
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -30,6 +31,7 @@ __all__ = ["CLAIM_KEY", "Pruned", "SkippedImage", "apply_plan", "check_arguments
 CLAIM_KEY: Final = "prune"
 """The key of the claim that the process has that prunes."""
 
+_MOST_PLANS = 10  # of one prune, whose images are used again and again
 _BATCH_SECONDS = 0.02  # of removing images under one write lock; its commit takes as long again
 
 
@@ -75,6 +77,8 @@ def prune(
 ) -> Pruned:
     """Collect garbage, then remove what a policy removes, or exactly what was planned; one process does at a time.
 
+    If planned images have changed, and a limit is missed because they stay, other images are planned.
+
     Args:
         database: of the cache.
         policy: the rules and limits.
@@ -87,12 +91,46 @@ def prune(
     """
     database.folders.check()  # a cache that can only be read fails here
     with single_flight.claim_or_find(database.directory, CLAIM_KEY, lambda: None, seconds=database.wait_seconds):
-        if plan is None:  # before the collection, because garbage counts as freed
-            made = database.reserve.run(lambda: make_plan(database, policy, to_free=to_free))
+        if plan is None:
+            pruned = _plan_and_remove(database, policy, to_free, progress)
         else:
-            made = Plan(list(plan), 0, 0, {}, {})
-        pruned = remove_planned(database, made, progress)
+            pruned = remove_planned(database, Plan(list(plan), 0, 0, {}, {}), progress)
     return pruned._replace(used_size=_measure_used(database))
+
+
+def _plan_and_remove(database: Database, policy: Policy, to_free: int | None, progress: Progress | None) -> Pruned:
+    """Remove what a policy removes; plan again while a limit is missed because planned images have changed."""
+    pruned = Pruned([], [], 0, 0)
+    for _ in range(_MOST_PLANS):
+        freed_size = pruned.freed_size + sum(pruned.garbage_sizes.values())
+        rest = None if to_free is None else max(0, to_free - freed_size)
+        # Plan before the collection, because garbage counts as freed.
+        made = database.reserve.run(partial(make_plan, database, policy, to_free=rest))
+        last = remove_planned(database, made, _shift(progress, pruned.freed_size))
+        pruned = _add(pruned, last)
+        if last.missing_size <= made.missing_size:
+            break
+    return pruned
+
+
+def _shift(progress: Progress | None, size: int) -> Progress | None:
+    """Return a function that reports bytes in addition to those of earlier plans."""
+    return None if progress is None else lambda done, total: progress(size + done, size + total)
+
+
+def _add(first: Pruned, second: Pruned) -> Pruned:
+    """Return what two plans have removed, one after the other."""
+    images = first.images + second.images
+    skipped = {image.name: image for image in first.skipped + second.skipped if image.name not in second.images}
+    sizes = Counter(first.garbage_sizes) + Counter(second.garbage_sizes)
+    return second._replace(
+        images=images,
+        skipped=list(skipped.values()),
+        blobs=first.blobs + second.blobs,
+        freed_size=first.freed_size + second.freed_size,
+        garbage=Collected(*map(sum, zip(first.garbage, second.garbage, strict=True))),
+        garbage_sizes={key: sizes[key] for key in second.garbage_sizes},
+    )
 
 
 def remove_planned(database: Database, made: Plan, progress: Progress | None = None) -> Pruned:

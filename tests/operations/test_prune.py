@@ -8,15 +8,17 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachedb import Busy, Cache, Limits, Name, NotInCache, Policy, Remove, SkippedImage
+from cachedb import Busy, Cache, Limits, Name, NotInCache, Plan, Policy, Remove, SkippedImage
 from cachedb.disk import single_flight
 from cachedb.disk.sizes import measure_files
 from cachedb.operations import prune
+from cachedb.operations.plan import make_plan
 from tests.conftest import files_of, stored_rows
 from tests.support import make
 from tests.support.ages import age, set_time
@@ -233,3 +235,101 @@ def test_one_process_prunes_at_a_time(cache: Cache) -> None:
         other.join()
     waiting.join()
     assert cache.list_names() == []
+
+
+# Planning again
+
+CountPlans = Callable[[Callable[[int], None]], list[Plan]]
+
+
+@pytest.fixture
+def count_plans(monkeypatch: pytest.MonkeyPatch) -> CountPlans:
+    """Return a function that lets another one run after each plan of a prune, and returns the list of plans."""
+    real, plans = make_plan, list[Plan]()
+
+    def count(change: Callable[[int], None]) -> list[Plan]:
+        def plan_and_change(*arguments: Any, **options: Any) -> Plan:
+            assert len(plans) < 100
+            plans.append(real(*arguments, **options))
+            change(len(plans))
+            return plans[-1]
+
+        monkeypatch.setattr(prune, "make_plan", plan_and_change)
+        return plans
+
+    return count
+
+
+def use_first(cache: Cache, name: str) -> Callable[[int], None]:
+    """Return a function that uses an image after the first plan."""
+    return lambda number: age(cache, "last_used_at", name, seconds=0) if number == 1 else None
+
+
+def test_other_images_go_if_planned_ones_are_used_and_the_limit_would_be_missed(
+    cache: Cache, count_plans: CountPlans
+) -> None:
+    save_old(cache, "app:1", "app:2", "app:3", "app:4")
+    with Cache.open(cache.directory) as other:
+        other.add_blob(b"garbage" * 10_000)
+    sizes = {str(image.name): image.size for image in cache.list_manifests()}
+    needed = 70_000 + sizes["app:4"] + 1
+    plans, seen = count_plans(use_first(cache, "app:4")), list[tuple[int, int]]()
+    done = cache.prune(to_free=needed, progress=lambda done, total: seen.append((done, total)))
+    assert [names_of(plan) for plan in plans] == [["app:4", "app:3"], ["app:2"]]
+    assert done.images == ["app:3", "app:2"]
+    assert done.skipped == [SkippedImage(Name.parse("app:4"), "used since the plan")]
+    assert (done.missing_size, done.garbage, done.garbage_sizes["reclaimable"]) == (0, (1, 70_000), 70_000)
+    assert done.freed_size == sizes["app:3"] + sizes["app:2"]
+    assert done.blobs == 6
+    assert seen == sorted(seen)
+    assert seen[-1] == (done.freed_size, done.freed_size)
+
+
+def test_another_plan_measures_a_size_limit_anew(cache: Cache, count_plans: CountPlans) -> None:
+    save_old(cache, *(f"app:{number}" for number in range(1, 20)))
+    limits = Limits(max_size=cache.get_usage().used_size - 1)
+    plans = count_plans(use_first(cache, "app:19"))
+    done = cache.prune(Policy(limits))
+    assert (len(plans), str(done.images[0]), done.missing_size) == (2, "app:18", 0)
+    assert done.skipped == [SkippedImage(Name.parse("app:19"), "used since the plan")]
+
+
+def test_an_image_that_goes_with_a_later_plan_is_not_skipped(cache: Cache, count_plans: CountPlans) -> None:
+    save_old(cache, "app:1")
+    count_plans(lambda number: age(cache, "last_used_at", "app:1", days=1) if number == 1 else None)
+    done = cache.prune(to_free=1)
+    assert done.images == ["app:1"]
+    assert (done.skipped, done.missing_size) == ([], 0)
+
+
+def test_a_prune_gives_up_if_its_images_are_used_again_and_again(cache: Cache, count_plans: CountPlans) -> None:
+    save_old(cache, "app:1")
+    plans = count_plans(lambda number: age(cache, "last_used_at", "app:1", days=1, seconds=number))
+    done = cache.prune(to_free=1)
+    assert 1 < len(plans) <= 20
+    assert [str(image.name) for image in done.skipped] == ["app:1"]
+    assert (done.images, done.missing_size) == ([], 1)
+
+
+def test_images_that_only_rules_remove_are_planned_once(cache: Cache, count_plans: CountPlans) -> None:
+    save_old(cache, "app:1", "app:2")
+    plans = count_plans(use_first(cache, "app:2"))
+    assert cache.prune(ALL).images == ["app:1"]
+    assert len(plans) == 1
+
+
+def test_a_limit_that_nothing_can_meet_is_planned_once(cache: Cache, count_plans: CountPlans) -> None:
+    save_old(cache, "app:1")
+    plans = count_plans(lambda _: None)
+    assert cache.prune(to_free=1 << 40).images == ["app:1"]
+    assert len(plans) == 1
+
+
+def test_an_applied_plan_is_never_made_again(cache: Cache, count_plans: CountPlans) -> None:
+    save_old(cache, "app:1", "app:2")
+    planned = cache.plan_prune(to_free=1)
+    age(cache, "last_used_at", "app:2", seconds=0)
+    plans = count_plans(lambda _: None)
+    done = cache.prune(to_free=1, plan=planned.images)
+    assert [str(image.name) for image in done.skipped] == ["app:2"]
+    assert (done.images, plans) == ([], [])
