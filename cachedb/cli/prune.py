@@ -307,6 +307,8 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
                 click.echo()
             _print_sizes("kept", plan.kept_sizes)
         click.echo(summary)
+    if form != "json" and not quiet:
+        _tell_recent(plan.recent_images)
     _check_missing(plan.missing_size, plan.kept_sizes)
 
 
@@ -337,7 +339,20 @@ def _print_pruned(pruned: Pruned, policy: Policy, form: str, *, quiet: bool) -> 
         limit = policy.limits.max_size
         used = format_size(pruned.used_size) + (f" of {format_size(limit)}" if limit is not None else "")
         click.echo(f"pruned {_describe_freed(len(pruned.images), freed_size)}; {used} used")
+        _tell_recent(pruned.recent_images)
     _check_missing(pruned.missing_size, pruned.kept_sizes)
+
+
+def _tell_recent(count: int) -> None:
+    """Tell how many images stay only because they were used a moment ago."""
+    from cachedb.operations.rules import RECENT_SECONDS
+
+    if count:
+        click.echo(
+            f"cachedb: kept {format_count(count, 'image')} used in the last {RECENT_SECONDS / 60:g} minutes: "
+            "for another time, write a keep rule with used-within",
+            err=True,
+        )
 
 
 def _format_json(document: object) -> str:

@@ -75,6 +75,7 @@ class Ranking(NamedTuple):
     ids: list[int]
     rules: list[int | None]  # for each, the number of the first rule that removes it, from 1
     kept: dict[int, int]  # the other images, by id, with what keeps them: see `Mark`
+    recent: list[int]  # of these, the images that a rule would remove, but that were used a moment ago
 
 
 class BlobTotals(NamedTuple):
@@ -142,7 +143,7 @@ def rank_images(connection: Connection, rules: Rules) -> Ranking:
     """Return the images that can be removed, in their order."""
     marked = _mark(rules)
     order = func.coalesce(marked.c.rule, _UNKEPT), marked.c.last_used_at, marked.c.id
-    ranking = Ranking([], [], {})
+    ranking = Ranking([], [], {}, [])
     for image_id, kept_by, rule in connection.execute(
         select(marked.c.id, marked.c.kept_by, marked.c.rule).order_by(*order)
     ).all():
@@ -151,6 +152,8 @@ def rank_images(connection: Connection, rules: Rules) -> Ranking:
             ranking.rules.append(rule)
         else:
             ranking.kept[image_id] = kept_by
+            if kept_by == RECENT and rule is not None:
+                ranking.recent.append(image_id)
     return ranking
 
 

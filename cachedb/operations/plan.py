@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     needed_size: int  # bytes that the limits require to free, garbage included; 0 without limits
     garbage_sizes: dict[str, int]  # bytes freed before the images: ``reclaimable`` blobs and some files
     kept_sizes: dict[str, int]  # bytes that a prune cannot free, by what keeps them; empty if the limits can be met
+    recent_images: int = 0  # that a rule would remove, but that were used in the last `RECENT_SECONDS`
 
     @property
     def garbage_size(self) -> int:
@@ -139,7 +140,7 @@ def _make_plan(
     if freed_size < image_size:
         kept = sum_kept(connection, rules, ranking)
         kept_sizes = {_name_reason(number): size for number, size in kept.items()} | files.kept
-    return Plan(planned, freed_size, needed_size, garbage_sizes, kept_sizes)
+    return Plan(planned, freed_size, needed_size, garbage_sizes, kept_sizes, len(ranking.recent))
 
 
 def _find_need(

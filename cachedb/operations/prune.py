@@ -54,6 +54,7 @@ class Pruned(NamedTuple):
     used_size: int = 0  # bytes of all files of the cache afterwards
     missing_size: int = 0  # bytes that the limits require, but that were not freed
     kept_sizes: Mapping[str, int] = MappingProxyType({})  # bytes that nothing may free: see `Plan`
+    recent_images: int = 0  # that a rule would have removed: see `Plan`
 
 
 def check_arguments(policy: Policy | None, to_free: float | None, plan: Sequence[PlannedImage] | None = None) -> None:
@@ -149,6 +150,7 @@ def remove_planned(database: Database, made: Plan, progress: Progress | None = N
         garbage_sizes={"reclaimable": garbage.bytes, **files.freed},
         missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size),
         kept_sizes=made.kept_sizes,
+        recent_images=made.recent_images,
     )
 
 

@@ -282,3 +282,38 @@ def test_a_prune_of_a_read_only_file_system_fails_in_one_line_and_changes_nothin
 def test_a_limit_in_bytes_has_a_unit_or_is_large_or_0(option: str, text: str, size: int) -> None:
     (parameter,) = (found for found in prune.prune.params if option in found.opts)
     assert parameter.type.convert(text, None, None) == size
+
+
+@pytest.fixture
+def partly_recent(cache: Cache) -> Cache:
+    """Return a cache whose second image stays only because it was used a moment ago."""
+    for number in range(1, 4):
+        save(cache, f"app:{number}", image(number))
+    age(cache, "last_used_at", "app:1", days=1)
+    cache.pin("app:3")
+    return cache
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], ["--plan", "plan.json"], ["--plan", "-"], []])
+@pytest.mark.usefixtures("partly_recent")
+def test_a_prune_says_that_images_used_a_moment_ago_stay(
+    cachedb: Run, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cachedb("prune", "--unused-for", "0s", *options)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == (
+        "cachedb: kept 1 image used in the last 10 minutes: for another time, write a keep rule with used-within"
+    )
+    assert "app:2" in cachedb("ls").stdout
+
+
+def test_nothing_is_said_of_recent_images_that_no_rule_removes_or_to_programs(
+    partly_recent: Cache, cachedb: Run
+) -> None:
+    for line in ("--unused-for 5m", "--to-free 1B", "--unused-for 0s -q", "--unused-for 0s --format json"):
+        done = cachedb("prune", "--dry-run", *line.split())
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not line.endswith("json") or json.loads(done.stdout)["recent_images"] == 1
+    partly_recent.set_policy(JUST_USED)
+    assert cachedb("prune", "--unused-for", "0s").stderr == ""

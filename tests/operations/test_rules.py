@@ -91,7 +91,8 @@ def apply_a_plan(cache: Cache, cachedb: Run, keep: tuple[Keep, ...]) -> None:
     path = cache.directory.with_name("plan.json")
     for option in ("--plan", "--apply"):
         done = cachedb("prune", option, path)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
+        assert not done.stderr or done.stderr.startswith("cachedb: kept 1 image used in the last 10 minutes: ")
 
 
 def save_beyond_the_limit(cache: Cache, _: Run, keep: tuple[Keep, ...]) -> None:
