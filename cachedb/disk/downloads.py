@@ -18,16 +18,24 @@ from cachedb.disk.waiting import LOG
 from cachedb.errors import explain, ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest
 
-__all__ = ["claim_key", "find_resumable_bytes", "is_stale", "measure_fresh", "remove_stale_downloads"]
+__all__ = ["are_running", "claim_key", "find_resumable_bytes", "is_stale", "measure_fresh", "remove_stale_downloads"]
 
 
+_KEY_PREFIX = "blob "
 _STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
 _UNOPENABLE_ERRNOS = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # for a symbolic link, another user's file and a socket
 
 
 def claim_key(digest: Digest) -> str:
     """Return the key of the claim on a blob's download; only the holder of the claim writes to the file."""
-    return f"blob {digest}"
+    return f"{_KEY_PREFIX}{digest}"
+
+
+def are_running(directory: Path) -> bool:
+    """Return whether a process is downloading a blob; False if the claims cannot be read."""
+    with ignore_os_errors():
+        return any(claim.key.startswith(_KEY_PREFIX) for claim in single_flight.list_claims(directory))
+    return False
 
 
 def find_resumable_bytes(folder: int, name: str, size: int) -> int:

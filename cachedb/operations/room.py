@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachedb.content.last_used import Uses
-from cachedb.disk import single_flight
+from cachedb.disk import downloads, single_flight
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, NoRoom, ignore_os_errors, os_errors
@@ -203,7 +203,7 @@ class Room:
                     return
                 made = self._plan(policy, size)
                 if made.missing_size:
-                    raise _no_room_error(policy, name, size, made)
+                    raise _no_room_error(directory, policy, name, size, made)
                 pruned = self._remove(made)
             if pruned.freed_size >= made.freed_size:
                 return
@@ -247,10 +247,14 @@ def _measure_source(source: object) -> int:
     return 0
 
 
-def _no_room_error(policy: Policy, name: Name | None, size: int, made: Plan) -> NoRoom:
+def _no_room_error(directory: Path, policy: Policy, name: Name | None, size: int, made: Plan) -> NoRoom:
     from cachedb.operations.plan import explain_missing
 
     what, limit = f"{name or 'the import'} needs {format_size(size)}", policy.limits.max_size
     if limit is not None and size > limit:
         return NoRoom(f"{what}, more than max-size in {POLICY_FILE}: raise the limit")
-    return NoRoom(f"{what}: {explain_missing(made.missing_size, made.kept_sizes)}")
+    # Without a process that downloads them, partial downloads stay for a day.
+    passing_size = sum(made.kept_sizes.get(kind, 0) for kind in ("partial downloads", "in use"))
+    may_help = made.missing_size <= passing_size and downloads.are_running(directory)
+    advice = "; other pulls are running, so a retry may help when they have ended" if may_help else ""
+    return NoRoom(f"{what}: {explain_missing(made.missing_size, made.kept_sizes)}{advice}")

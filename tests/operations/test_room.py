@@ -14,7 +14,7 @@ import pytest
 
 from cachedb import Busy, Cache, CacheError, NoRoom, Policy
 from cachedb.content import publish
-from cachedb.disk import single_flight
+from cachedb.disk import downloads, single_flight
 from cachedb.disk.downloads import measure_fresh
 from cachedb.disk.layout import partial_path
 from cachedb.disk.sizes import FileSystem, measure_files
@@ -754,3 +754,35 @@ def test_a_pull_without_room_exits_with_1(cache: Cache, cachedb: Run, remote: Re
     assert done.stderr == (
         f"cachedb: {remote.host}/new:1 needs 3.01 MB, more than max-size in policy.toml: raise the limit\n"
     )
+
+
+# Other pulls
+
+
+def test_a_pull_without_room_beside_other_pulls_says_that_a_retry_may_help(cache: Cache, remote: Registry) -> None:
+    digest = Digest(make.digest_of(OTHER.layers[0]))
+    path = partial_path(cache.directory, digest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 3 * MB)
+    limit(cache)
+
+    def find_error() -> str:
+        with pytest.raises(NoRoom) as raised:
+            cache.pull(f"{remote.host}/new:1")
+        return str(raised.value)
+
+    advice = "or release holds; other pulls are running, so a retry may help when they have ended"
+    with single_flight.try_claim(cache.directory, downloads.claim_key(digest)) as has_claim:
+        assert has_claim
+        assert find_error().endswith(advice)
+        make.save(cache, "kept:1", OLD)
+        cache.add_hold("kept:1")
+        assert find_error().endswith("or release holds"), "the space of other pulls is not enough"
+        cache.remove_manifest("kept:1")
+        for hold in cache.list_holds():
+            cache.release_hold(hold.id)
+        cache.collect_garbage()
+        assert find_error().endswith(advice)
+    assert find_error().endswith("or release holds"), "an interrupted download does not end by itself"
+    path.unlink()
+    assert cache.pull(f"{remote.host}/new:1").image.complete
