@@ -79,7 +79,7 @@ def policy_show(form: str) -> None:
         click.echo(f"\n{text}", nl=False)
     if found.keeps_recent:
         default = format_policy(Policy(keep=(Keep(used_within=RECENT_SECONDS),)))
-        click.echo(f"\n# the default, without another used-within\n{default}", nl=False)
+        click.echo(f"\n# cachedb adds this rule, because no other one has used-within\n{default}", nl=False)
 
 
 def _describe_policy(found: Policy, default_used_within: int | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def edit_with(tmp_path: Path, script: str) -> dict[str, str]:
 
 
 def test_show_prints_the_policy_and_the_default(cache: Cache, cachedb: Run) -> None:
-    default = '\n# the default, without another used-within\n[[keep]]\nused-within = "10m"\n'
+    default = '\n# cachedb adds this rule, because no other one has used-within\n[[keep]]\nused-within = "10m"\n'
     assert cachedb("policy", "show").stdout == f"# {NO_POLICY}{default}"
     cache.set_policy('[limits]\nmax-size = "1.5GB"\n')
     expected = f'# {cache.directory}/policy.toml\n\n[limits]\nmax-size = "1500MB"\n{default}'
