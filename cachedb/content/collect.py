@@ -37,6 +37,7 @@ from cachedb.disk import downloads, single_flight
 from cachedb.disk.failures import sweep_failures
 from cachedb.disk.folders import Folders, Leftover, rename_over, set_aside
 from cachedb.disk.layout import blob_path, trash_digest, trash_name
+from cachedb.disk.listing import list_names
 from cachedb.disk.reserve import NO_ROOM_ERRNOS
 from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, StorageError, explain, is_callers, os_errors
@@ -297,7 +298,7 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
     def start_unlinking() -> None:
         finish()
         left.clear()  # the listing below finds them again
-        names = [name for name in os.listdir(trash) if trash_digest(name)]
+        names = [name for name in list_names(trash) if trash_digest(name)]
         if len(names) <= _FEW_FILES:
             unlink(names)
             return

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from cachedb.disk.listing import list_names
 from cachedb.errors import NotACache, SchemaMismatch
 
 __all__ = [
@@ -161,9 +162,10 @@ def refresh(folder: int, settle: Callable[[int], object], found: Marker) -> None
 def count_links(folder: int, status: os.stat_result) -> int:
     """Return how many names a marker has, not counting the names of unfinished markers."""
     while status.st_nlink > 1:
-        with os.scandir(folder) as entries:
-            unfinished = [entry for entry in entries if UNFINISHED_MARKER.fullmatch(entry.name)]
-            count = status.st_nlink - sum(entry.inode() == status.st_ino for entry in unfinished)
+        count = status.st_nlink
+        for name in filter(UNFINISHED_MARKER.fullmatch, list_names(folder)):
+            with suppress(FileNotFoundError):
+                count -= os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino == status.st_ino
         before, status = status, os.stat(MARKER, dir_fd=folder, follow_symlinks=False)
         # Otherwise another process has finished the marker meanwhile.
         if (status.st_ino, status.st_nlink) == (before.st_ino, before.st_nlink):

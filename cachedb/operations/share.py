@@ -7,6 +7,7 @@ import os
 import stat
 
 from cachedb.disk.folders import FOLDERS, Folders, is_shared
+from cachedb.disk.listing import list_names
 from cachedb.errors import CacheError, os_errors
 
 __all__ = ["share"]
@@ -47,7 +48,7 @@ def share(folders: Folders, group: str | None = None) -> str:
 
 def _share_files(folder: int, gid: int) -> None:
     """Let the group write to those files of a folder that their owner may write to, which excludes blobs."""
-    for name in os.listdir(folder):
+    for name in list_names(folder):
         try:
             # O_PATH, because opening and closing the index would release SQLite's locks of this process.
             file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)

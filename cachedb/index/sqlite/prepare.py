@@ -14,6 +14,7 @@ from cachedb.disk.durable import sync_folder
 from cachedb.disk.file_system import check_features, explain_shared
 from cachedb.disk.folders import FOLDERS, Folders
 from cachedb.disk.layout import POLICY_FILE, blob_file
+from cachedb.disk.listing import list_names
 from cachedb.errors import CacheError, DamagedIndex, NotACache, StorageError, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.errors import explain_path_limit
@@ -174,7 +175,8 @@ def _absence_error(database: Database) -> CacheError:
 
 def _find_strange_file(database: Database, folder: Path | int) -> str | None:
     """Return the name of a file that keeps the directory, given by its path or descriptor, from becoming a cache."""
-    strange = set(filterfalse(_TRANSIENT.fullmatch, os.listdir(folder)))
+    names = list_names(folder) if isinstance(folder, int) else os.listdir(folder)
+    strange = set(filterfalse(_TRANSIENT.fullmatch, names))
     strange -= {"lost+found", POLICY_FILE} | ({"index.db"} if database.file.is_new else set())
     return min(strange, default=None)
 
