@@ -1524,11 +1524,11 @@ class Cache:
             source: a path, or a file open for reading in binary mode, which need not be seekable.
             name: a name that replaces the one in an archive of one image. Manifests for several platforms that the
                 archive lists without an index become one image.
-            repository: names the images that the archive gives only a tag, or no name; the latter by digest.
+            repository: of images that have only a tag in the archive, or no name; the latter are named by digest.
             select: imports one image: a name in the archive, or a digest of a manifest or config, or the first 12
                 digits or more of its hex part.
             platform: ``os/architecture[/variant]``, to import only this platform of each image.
-            replace: False to refuse an archive with a name that is another image in the cache.
+            replace: False to refuse the archive if one of its names belongs to another image in the cache.
             link: hard-link the files of a layout folder if the file system allows it, and no other user can write to
                 them. Nobody may write to these files afterwards.
             max_unpacked: the most bytes that a compressed archive may unpack to, or all compressed layers of a
@@ -1545,8 +1545,8 @@ class Cache:
             InvalidArchive: if the source is not such an archive, is damaged, has no image that can be named, or unpacks
                 to more than the limit.
             InvalidManifest: if a manifest in the archive is invalid.
-            NameInUse: if a name is another image in the cache, and ``replace`` is false or the archive gives the name
-                only as a tag.
+            NameInUse: if a name belongs to another image in the cache, and ``replace`` is false or the archive gives
+                the name only as a tag.
             DigestMismatch: if content of the archive has a wrong digest or size.
         """
         from cachedb.operations.import_archive import import_archive

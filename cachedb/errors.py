@@ -3,7 +3,7 @@
 CacheError
 ├── Busy                 another process holds a lock, and the time to wait for it is over
 ├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
-├── NameInUse            a name is another image in the cache, and must not be replaced
+├── NameInUse            a name belongs to another image in the cache, and must not be replaced
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
 ├── NotInCache           the requested image or blob is not in the cache
 ├── InvalidQuery         an SQL query is invalid, or would do more than read
@@ -14,8 +14,8 @@ CacheError
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NoRoom               an image does not fit into the limits of the cache, and nothing more may be removed
 ├── NotACache            the directory is not a cache and cannot become one
-├── NotOurs              a directory or file is not safely ours: it belongs to another user, is a link or has hard
-│                        links, was replaced, or is on another file system; nothing in it is changed
+├── NotOurs              a directory or file may be under the control of others: it belongs to another user, is a link
+│                        or has hard links, was replaced, or is on another file system; nothing in it is changed
 ├── ReentrantCall        a signal handler, finalizer or callback needs a lock that its own thread already holds
 ├── RegistryError        a registry refused a request or failed, or the network failed
 │   └── RegistryUnavailable  the registry is unreachable or overloaded; a retry may succeed
@@ -88,7 +88,7 @@ class InvalidName(CacheError):
 
 
 class NameInUse(CacheError):
-    """A name is another image in the cache, and must not be replaced."""
+    """A name belongs to another image in the cache, and must not be replaced."""
 
 
 class InvalidDigest(CacheError):
@@ -152,7 +152,7 @@ class NotACache(CacheError):
 
 
 class NotOurs(CacheError):
-    """A directory or file is not safely ours; nothing in it is changed.
+    """A directory or file may be under the control of others; nothing in it is changed.
 
     It belongs to another user, is a link or has hard links, was replaced, or is on another file system.
     """

@@ -60,7 +60,8 @@ __all__ = ["export", "import_"]
 @click.option(
     "--repository",
     metavar="REPOSITORY",
-    help="Name images that the archive gives only a tag, or no name; those by digest. The same as NAME with a colon.",
+    help="The repository of images that have only a tag in the archive, or no name; the latter are named by digest. "
+    "NAME with a colon at its end does the same.",
 )
 @click.option(
     "--select",
@@ -68,7 +69,7 @@ __all__ = ["export", "import_"]
     help="Import one image: a name in the archive, or a manifest or config by digest or its first 12 digits.",
 )
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Import only this platform of each image.")
-@click.option("--no-replace", is_flag=True, help="Refuse an archive with a name that is another image in the cache.")
+@click.option("--no-replace", is_flag=True, help="Refuse the archive if one of its names belongs to another image.")
 @click.option(
     "--link", is_flag=True, help="Hard-link a layout's files instead of copying them. Do not write to them afterwards."
 )

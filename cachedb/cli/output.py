@@ -42,7 +42,7 @@ _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")  # as the index writes times
 _DIGEST: Final = re.compile(r"sha(?:256|512):[0-9a-f]{64,128}")
 _PARTS_PER_WRITE: Final = 10_000  # pieces of JSON text that are joined for one write
-_UNFOLDED_CHARACTERS: Final = 20  # a cell with so few is not folded
+_UNFOLDED_CHARACTERS: Final = 20  # a cell of at most this width is not folded
 _GAP_CHARACTERS: Final = 2  # between two columns
 
 

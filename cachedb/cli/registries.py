@@ -54,7 +54,8 @@ __all__ = []
     "file",
     metavar="FILE",
     type=click.Path(),
-    help="Also pull the names in a file: one per line, # starts a comment, - is stdin. A failure stops no other name.",
+    help="Also pull the names in a file: one per line, # starts a comment, - is stdin. If a name fails, the "
+    "others are pulled.",
 )
 @click.option(
     "--jobs",

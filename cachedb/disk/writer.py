@@ -81,7 +81,7 @@ def receive(
     digest: Digest | None = None,
     size: int | None = None,
     algorithm: str = "sha256",
-    go_on: bool = False,
+    resume: bool = False,
     also: Hasher | None = None,
     progress: Advance | None = None,
     what: str = "the content",
@@ -95,8 +95,8 @@ def receive(
         digest: the expected digest; None if it is unknown.
         size: the expected size in bytes; None if it is unknown.
         algorithm: computes the digest if it is unknown.
-        go_on: resume: the file may have the first bytes of the blob, and ``source`` continues after them. The file
-            is locked, because a process that lost its claim may still have it open.
+        resume: the file may have the first bytes of the blob, and ``source`` continues after them. The file is
+            locked, because a process that lost its claim may still have it open.
         also: another hasher that gets every chunk.
         progress: called with the bytes of each chunk.
         what: the name of the blob in errors.
@@ -108,16 +108,16 @@ def receive(
     hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
     hashers: list[Hasher] = [hasher, also] if also else [hasher]
     with os_errors("write to the cache"):
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if go_on else os.O_EXCL)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if resume else os.O_EXCL)
         target = os.open(path, flags, 0o600, dir_fd=folder) if path else None
     try:
-        if go_on and target is not None:
+        if resume and target is not None:
             _check_partial(target)
             with os_errors("write to a download that another process writes to"):
                 fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if target is not None and path is not None and os.geteuid() == 0:
             give_to_folder_owner(target, os.stat(os.path.dirname(path)) if folder is None else os.fstat(folder))
-        resumed_from = _hash_existing(target, hashers) if go_on and target is not None else 0
+        resumed_from = _hash_existing(target, hashers) if resume and target is not None else 0
         rest = None if size is None else size - resumed_from
         length = resumed_from + _copy_and_hash(source, target, hashers, rest, progress)
         if size is not None and length != size:

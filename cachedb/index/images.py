@@ -206,7 +206,7 @@ def read_image(connection: Connection, directory: Path, image_id: int) -> tuple[
     row = connection.execute(_select_image(), {"of": image_id}).one()
     contents = read_image_blobs(connection, directory, image_id)
     if not contents:
-        raise DamagedIndex("an image has no blobs in the index: find them with `cachedb verify --repair`")
+        raise DamagedIndex("an image has no blobs in the index: restore them with `cachedb verify --repair`")
     size = sum({blob.digest: blob.size for blob in contents}.values())
     complete = all(blob.stored for blob in contents)
     return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, *row[4:]), contents

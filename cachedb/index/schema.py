@@ -340,8 +340,8 @@ def migrate(
                 return found, None
             if found is not None and len(rows := read_versions(connection)) > 1:
                 raise SchemaMismatch(
-                    f"the table alembic_version has the rows {', '.join(map(repr, rows))}: delete all but one, the "
-                    "schema of the index"
+                    f"the table alembic_version has the rows {', '.join(map(repr, rows))}: delete all but one, and "
+                    "keep the schema of the index"
                 )
             broken = Counter(find_broken_keys(connection))
             run_migrations(change, connection, target, report_beside)

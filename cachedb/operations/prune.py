@@ -29,7 +29,7 @@ __all__ = ["CLAIM_KEY", "Pruned", "SkippedImage", "apply_plan", "check_arguments
 
 
 CLAIM_KEY: Final = "prune"
-"""The key of the claim that the process has that prunes."""
+"""The key of the claim of the process that prunes."""
 
 _MOST_PLANS = 10  # of one prune, whose images are used again and again
 _BATCH_SECONDS = 0.02  # of removing images under one write lock; its commit takes as long again
@@ -76,7 +76,9 @@ def prune(
     plan: Iterable[PlannedImage] | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
-    """Collect garbage, then remove what a policy removes, or exactly what was planned; one process does at a time.
+    """Collect garbage, then remove what a policy removes, or the images of a plan.
+
+    One process prunes at a time.
 
     If planned images have changed, and a limit is missed because they stay, other images are planned.
 
@@ -90,7 +92,7 @@ def prune(
     Raises:
         Busy: if another process prunes for too long.
     """
-    database.folders.check()  # a cache that can only be read fails here
+    database.folders.check()  # a read-only cache fails here
     with single_flight.claim_or_find(database.directory, CLAIM_KEY, lambda: None, seconds=database.wait_seconds):
         if plan is None:
             pruned = _plan_and_remove(database, policy, to_free, progress)

@@ -775,7 +775,7 @@ MUTATIONS = [
     Mutation("an import of a missing file creates no cache", "cachedb/cli/archives.py", "            os.stat(location.path)  # before the cache is created\n", "            pass\n", "tests/cli/test_archives.py -k missing_file"),
     Mutation("a plan on stdout is nothing but the plan", "cachedb/cli/prune.py", "click.echo(summary, err=True)", "click.echo(summary)", "tests/cli/test_prune.py -k plan_on_stdout"),
     Mutation("an age of a rule is given once", "cachedb/cli/prune.py", "        if getattr(wishes, key) is not None and getattr(filters, key) is not None:\n", "        if False:\n", "tests/cli/test_prune.py -k wrong_usage"),
-    Mutation("a prune of a cache that can only be read says so", "cachedb/operations/prune.py", "    database.folders.check()  # a cache that can only be read fails here\n", "", "tests/cli/test_prune.py -k read_only"),
+    Mutation("a prune of a cache that can only be read says so", "cachedb/operations/prune.py", "    database.folders.check()  # a read-only cache fails here\n", "", "tests/cli/test_prune.py -k read_only"),
     Mutation("the options keep what the policy keeps", "cachedb/cli/prune.py", "        keep += (Keep(newest=wishes.newest),)\n", "        keep = (Keep(newest=wishes.newest),)\n", "tests/cli/test_prune.py -k options_replace"),
     Mutation("a failing query is named with its line", "cachedb/cli/prune.py", "        cache.check_policy(read_policy(cache.directory) or \"\")\n", "", "tests/cli/test_prune.py -k query"),
     Mutation("a prune says what is missing afterwards", "cachedb/operations/prune.py", "missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size)", "missing_size=0", "tests/operations/test_prune.py -k missing_afterwards"),

@@ -191,7 +191,7 @@ def test_fadvise_covers_only_the_newly_written_bytes(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "posix_fadvise", lambda _file, offset, length, _advice: advised.append((offset, length)))
     path = tmp_path / "partial"
     path.write_bytes(bytes(3 * MIB))
-    writer.receive(io.BytesIO(bytes(20 * MIB)), path, size=23 * MIB, go_on=True)
+    writer.receive(io.BytesIO(bytes(20 * MIB)), path, size=23 * MIB, resume=True)
     assert advised == [(3 * MIB, 8 * MIB), (11 * MIB, 8 * MIB)]
     assert path.stat().st_size == 23 * MIB
 

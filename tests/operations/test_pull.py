@@ -532,7 +532,7 @@ def test_a_file_put_in_place_at_the_last_moment_is_not_written_to(tmp_path: Path
     else:
         path.symlink_to(precious)
     with pytest.raises(StorageError, match=r"another program has put a file|symbolic links"):
-        receive(io.BytesIO(b"data"), path, digest=Digest(make.digest_of(b"data")), size=4, go_on=True)
+        receive(io.BytesIO(b"data"), path, digest=Digest(make.digest_of(b"data")), size=4, resume=True)
     assert precious.read_bytes() == b"mine"
     assert stat.S_IMODE(precious.stat().st_mode) == 0o640
 

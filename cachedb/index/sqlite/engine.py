@@ -29,7 +29,10 @@ _STATEMENTS: Final = LRUCache[object, object](500)
 
 
 class SharedDialect(SQLiteDialect_pysqlite):
-    """The dialect of all indexes; compiled statements are found by their dialect, so all are equal."""
+    """The dialect of all indexes.
+
+    All instances are equal, because SQLAlchemy finds a compiled statement by its dialect.
+    """
 
     supports_statement_cache = True
 
@@ -44,7 +47,7 @@ registry.register("sqlite.cachedb", __name__, SharedDialect.__name__)
 
 
 def make_engine(path: Path, directory: Path, open_: Callable[[], CacheConnection]) -> Engine:
-    """Return an engine whose errors are ours.
+    """Return an engine that raises the errors of `cachedb.errors`.
 
     Args:
         path: of the index.

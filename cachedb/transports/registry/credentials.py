@@ -181,7 +181,7 @@ def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Eve
     """Return a helper's credentials for a registry, or None if it has none."""
     if not isinstance(helper, str) or not _HELPER.fullmatch(helper):
         what = f"{file!r} has {shorten(helper)} as a credential helper"
-        raise RegistryError(f"{what}: give what follows docker-credential- in the program's name")
+        raise RegistryError(f"{what}: give the part of the program's name after docker-credential-")
     program = f"docker-credential-{helper}"
     server = _HUB_URL if registry == HUB else registry
     status, answer = _run_helper(program, server, file, stopped)
@@ -189,7 +189,7 @@ def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Eve
         return None
     if status != 0:
         what = f"{program} failed with exit code {status} for {shorten(server)}"
-        raise RegistryError(f"{what}: run `{program} get` with that as its input to see why")
+        raise RegistryError(f"{what}: run `{program} get` with this name as its input to see why")
     document = _parse_json_object(answer) or {}
     username, secret = document.get("Username"), document.get("Secret")
     if not isinstance(username, str) or not isinstance(secret, str):

@@ -352,7 +352,7 @@ def _receive(
             folder=folder,
             digest=blob.digest,
             size=blob.size,
-            go_on=True,
+            resume=True,
             also=_ChunkObserver(look),
             progress=count,
             what=f"blob {blob.digest}",
