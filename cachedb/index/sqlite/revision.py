@@ -1,4 +1,4 @@
-"""What a database file says of itself: application_id, revision, objects, broken keys."""
+"""Read the application_id, the revision and the objects of a database file, and find its broken keys."""
 
 from __future__ import annotations
 
