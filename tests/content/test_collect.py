@@ -429,7 +429,8 @@ def test_an_index_that_names_a_path_moves_no_other_file(cache: Cache, table: str
 
 def test_an_index_that_names_a_path_is_damaged(cache: Cache, tmp_path: Path) -> None:
     (cache.directory.parent / "victim.txt").write_text("precious")
-    with pytest.raises(DamagedIndex, match=r"its digest '\.\.:\.\.:victim\.txt' is invalid: run `cachedb verify --repair`"):
+    words = r"its digest '\.\.:\.\.:victim\.txt' is invalid: run `cachedb verify --repair`"
+    with pytest.raises(DamagedIndex, match=words):
         blob_path(cache.directory, Digest("..:..:victim.txt"))
 
 
