@@ -233,7 +233,7 @@ def pin(names: tuple[str, ...], filters: Filters | None, ignore_missing: bool) -
 @filter_options
 @ignore_missing_option
 def unpin(names: tuple[str, ...], filters: Filters | None, ignore_missing: bool) -> None:
-    """Remove the pins of names, so that a prune may remove them again.
+    """Remove the pins of names, so that a prune may remove the names again.
 
     --filter without names selects from all images. A name without a pin is no error.
     """

@@ -14,7 +14,7 @@ __all__ = ["Access"]
 
 
 class Access:
-    """What this process may do with a cache directory: change it, or only read it."""
+    """The right of this process to change a cache directory, or only to read it."""
 
     def __init__(self, directory: Path, index: Path, *, trust: bool, search_links: bool = True) -> None:
         """Find out whether the directory can be changed; nothing is opened yet.

@@ -74,7 +74,7 @@ def atomic_file(path: Path) -> Iterator[FileIO]:
 
 
 def _make_file(part: Path) -> tuple[FileIO, bool]:
-    """Return a new file, and whether it has no name; if it has a name, that is ``part``."""
+    """Return a new file, and whether it has no name; otherwise its name is ``part``."""
     try:
         unnamed = os.open(part.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
     except OSError as error:

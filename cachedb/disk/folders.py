@@ -107,7 +107,7 @@ class Folders:
         return self._marker is not None
 
     def mark(self, *, new: bool, is_sound: bool = True) -> None:
-        """Read the marker, and remember which cache this is.
+        """Read the marker, which has the id of the cache, and remember it.
 
         Args:
             new: write a marker first if the directory has none.

@@ -99,7 +99,7 @@ def _walk_files(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _classify(folder: str, name: str, status: os.stat_result) -> str:
-    """Return what a file is: one of the words of `_KEPT` and `_FREED`."""
+    """Return the kind of a file: one of the words of `_KEPT` and `_FREED`."""
     first = folder.partition("/")[0]
     if not folder:
         if name.startswith("index.db") or name == MARKER:

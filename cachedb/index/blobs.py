@@ -170,7 +170,7 @@ def starts_with(text: str) -> ColumnElement[bool]:
 
 
 def read_blob_details(connection: Connection, directory: Path, digest: Digest) -> BlobDetails | None:
-    """Return what the index has of a blob, stored or not; None if it has none."""
+    """Return the details of a blob, stored or not; None if the index does not have it."""
     blob = connection.execute(select(BLOBS).where(BLOBS.c.digest == digest)).first()
     if blob is None:
         return None

@@ -228,7 +228,7 @@ class Hold(View):
 
 
 class Day(View):
-    """What came on a day, and is still in the cache."""
+    """A day with the numbers of names and blobs that came then and are still in the cache."""
 
     __tablename__ = "growth"
 

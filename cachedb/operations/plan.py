@@ -172,7 +172,7 @@ def _name_rule(number: int | None) -> str | None:
 
 
 def sort_sizes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Return the names and sizes of those that are not 0, the largest first."""
+    """Return the sizes that are not 0 with their names, the largest first."""
     return sorted(((name, size) for name, size in sizes.items() if size), key=lambda pair: -pair[1])
 
 

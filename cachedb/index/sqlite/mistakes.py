@@ -69,7 +69,7 @@ def _read_columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
 def _try_names(
     connection: sqlite3.Connection, query: str, message: str, word: str, names: Iterable[str], places: list[Place]
 ) -> tuple[Place, str] | None:
-    """Return the name most similar to a word with which SQLite no longer refuses the query, and its place.
+    """Return the most similar name that SQLite accepts instead of a word, and its place.
 
     SQLite knows which names are in scope at a place.
     """

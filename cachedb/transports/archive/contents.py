@@ -126,7 +126,7 @@ class Contents:
         return is_found
 
     def _find_missing(self, blob: Descriptor) -> Descriptor:
-        """Return the first blob that is missing in the closure of one that is not present."""
+        """Return the first missing blob in the closure of a blob whose closure is not present."""
         while document := self._documents.get(blob.digest):
             blob = next(child for child in document.children if not (self.is_present(child) or child.is_foreign))
         return blob

@@ -49,7 +49,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The offset of what follows the member."""
+        """The offset of the next member."""
         return self.offset + _pad_size(self.size)
 
 

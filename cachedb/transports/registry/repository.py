@@ -305,7 +305,7 @@ class Repository:
         return False
 
     def _delete_upload(self, upload: str) -> None:
-        """Delete an upload that was begun, if the registry can do so; it deletes others after some time itself."""
+        """Cancel an upload, if the registry can; otherwise the registry deletes it after some time by itself."""
         if self._deletes_uploads:
             self._deletes_uploads = False
             with drain_after(self._client.request("DELETE", upload, "an upload", {}, good=(204,), max_tries=1)):

@@ -55,7 +55,7 @@ class VerifiedFile:
         return data
 
     def _hash(self, start: int, data: bytes) -> None:
-        """Hash those bytes that were not hashed before; bytes that are sent again were."""
+        """Hash the bytes that are not hashed yet; bytes that are sent again are hashed already."""
         new = memoryview(data)[max(self._hashed - start, 0) :]
         self._hasher.update(new)
         self._hashed += len(new)
