@@ -19,7 +19,6 @@ from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryErro
 from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.registry import urls
 from cachedb.transports.registry.challenges import parse_challenges
-from tests.disk.test_locks import wait_until
 from tests.operations.test_pull import write_login
 from tests.operations.test_push import FIRST, assert_has, make_referrer
 from tests.support import make
@@ -27,6 +26,7 @@ from tests.support.faults import Answer, Call, answer, answer_html, change_answe
 from tests.support.make import save, save_index
 from tests.support.promises import check
 from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, certificate, isolate_client  # noqa: F401 - isolate_client is a fixture
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

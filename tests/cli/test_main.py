@@ -24,8 +24,8 @@ from click.testing import CliRunner
 from cachedb import Cache
 from cachedb.cli.main import cli
 from tests.conftest import Run, files_of, snapshot
-from tests.disk.test_locks import wait_until
 from tests.support import make
+from tests.support.waiting import wait_until
 
 MADE = make.image(1, 2, compression="gzip")
 IMAGE_KEYS = [

@@ -17,9 +17,9 @@ import pytest
 
 from cachedb import Cache
 from tests.conftest import Run
-from tests.disk.test_locks import wait_until
 from tests.index.sqlite.test_query import ENDLESS
 from tests.support import make
+from tests.support.waiting import wait_until
 
 PROMPT = "cachedb> "
 

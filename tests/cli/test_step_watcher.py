@@ -11,8 +11,8 @@ import pytest
 
 from cachedb import Cache
 from tests.conftest import run_python
-from tests.disk.test_locks import wait_until
 from tests.support.processes import cpu_seconds
+from tests.support.waiting import wait_until
 
 # SQLite checks the time only between instructions. Here one of them takes seconds, and 150 have no check in between.
 STUCK = "WITH t AS MATERIALIZED (SELECT printf('%.*c', 4900000, 'a') AS x) SELECT {} FROM t".format(

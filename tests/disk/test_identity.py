@@ -20,8 +20,8 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, restore
 from tests.conftest import Run, running
-from tests.disk.test_locks import wait_until
 from tests.support.make import image, save
+from tests.support.waiting import wait_until
 
 APP = image(1)
 ANY = f"sha256:{'0' * 64}"

@@ -25,6 +25,7 @@ from cachedb.disk import byte_locks, folders, forks, locks, turns
 from cachedb.disk.regular import open_regular
 from tests.conftest import run_python, running
 from tests.support.processes import read_state
+from tests.support.waiting import wait_until
 
 HOLDER = """
     import sys, time
@@ -42,16 +43,6 @@ def is_free(path: Path) -> bool:
     if lock is not None:
         locks.release(lock)
     return lock is not None
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Return whether a condition becomes true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def count_waiters(path: Path) -> int:

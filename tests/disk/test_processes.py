@@ -19,10 +19,10 @@ import pytest
 
 from cachedb import Cache, NotInCache
 from tests.conftest import run_python, snapshot, start_python, stored_rows
-from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
 from tests.support.promises import check
+from tests.support.waiting import wait_until
 
 METHODS = ("fork", "spawn", "forkserver")
 

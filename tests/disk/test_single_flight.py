@@ -16,11 +16,11 @@ import pytest
 from cachedb import Cache, CacheError
 from cachedb.disk import locks, single_flight
 from tests.conftest import Run, run_python, running
-from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
 from tests.support.processes import is_alive
 from tests.support.promises import check
+from tests.support.waiting import wait_until
 
 MADE = make.image(1)
 PRODUCER = """

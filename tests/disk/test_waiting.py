@@ -22,9 +22,9 @@ from cachedb import Busy, Cache, CacheError
 from cachedb.disk import lock_holders, locks, single_flight, turns, waiting
 from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, running
-from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
+from tests.support.waiting import wait_until
 
 WRITER = """
     import sys, time

@@ -44,7 +44,6 @@ from cachedb.operations.pull import _Pull
 from cachedb.text import format_size, shorten_digest
 from cachedb.transports.registry import download, places, source, tls
 from tests.conftest import Run, run_python
-from tests.disk.test_locks import wait_until
 from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.ages import age
@@ -75,6 +74,7 @@ from tests.support.registries import (  # noqa: F401 - isolate_client is a fixtu
     docker_registry,
     isolate_client,
 )
+from tests.support.waiting import wait_until
 from tests.transports.registry.test_credentials import has_ended, is_written
 
 FIRST = make.image(1, 2, compression="gzip")

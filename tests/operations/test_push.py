@@ -19,12 +19,12 @@ from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.operations import push
 from cachedb.transports.registry import repository as registry
 from tests.conftest import Run
-from tests.disk.test_locks import wait_until
 from tests.operations.test_pull import count_connecting, unreachable, write_login  # noqa: F401 - a fixture
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_answer, change_headers, drop_answer, redirect, retry_later
 from tests.support.promises import check
 from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
+from tests.support.waiting import wait_until
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first

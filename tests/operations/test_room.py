@@ -24,12 +24,12 @@ from cachedb.operations import gauge, plan, prune, room
 from cachedb.operations.plan import Plan
 from cachedb.operations.prune import CLAIM_KEY, Pruned
 from tests.conftest import Run, run_python, snapshot
-from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.ages import age
 from tests.support.faults import ALWAYS, Answer, Call
 from tests.support.promises import check
 from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
+from tests.support.waiting import wait_until
 
 MB = 1_000_000
 OLD, NEW, OTHER = (make.image(seed, size=3 * MB) for seed in (1, 2, 3))

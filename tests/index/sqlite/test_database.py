@@ -26,8 +26,9 @@ from cachedb.index.sqlite.replace import replace
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import TRASH
 from tests.conftest import Run, files_of, read_revision, run_python, running, stored_rows
-from tests.disk.test_locks import count_open_files, wait_until
+from tests.disk.test_locks import count_open_files
 from tests.support.make import digest_of
+from tests.support.waiting import wait_until
 
 
 def trash_row(data: bytes) -> dict[str, object]:

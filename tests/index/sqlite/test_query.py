@@ -24,10 +24,10 @@ from cachedb.index.sqlite import query as query_module
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from tests.cli.test_main import run_on_terminal
 from tests.conftest import Run
-from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.processes import cpu_seconds
 from tests.support.promises import check
+from tests.support.waiting import wait_until
 
 IMAGE = make.image(1, 2)
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"

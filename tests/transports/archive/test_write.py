@@ -39,8 +39,8 @@ from cachedb.oci.manifests import DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_MA
 from cachedb.transports.archive import write_layout
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
-from tests.disk.test_locks import wait_until
 from tests.support import make
+from tests.support.waiting import wait_until
 
 ARCHIVES = ("docker", "docker-archive", "oci-archive")
 FORMATS = (*ARCHIVES, "oci-dir")

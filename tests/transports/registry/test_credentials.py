@@ -20,8 +20,8 @@ import pytest
 from cachedb.errors import CacheError, RegistryError
 from cachedb.transports.registry import credentials
 from cachedb.transports.registry.credentials import Credentials, find
-from tests.disk.test_locks import wait_until
 from tests.support.processes import is_alive
+from tests.support.waiting import wait_until
 
 HUB = "https://index.docker.io/v1/"
 REGISTRY = "registry.example.org:5000"
