@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from cachedb.arguments import check_positive
 from cachedb.content import collect
@@ -25,8 +26,10 @@ from cachedb.operations.plan import Plan, PlannedImage, make_plan
 from cachedb.operations.policy import Policy
 from cachedb.progress import Progress, sum_progress
 
-__all__ = ["CLAIM_KEY", "Pruned", "SkippedImage", "apply_plan", "check_arguments", "prune", "remove_planned"]
+__all__ = ["CLAIM_KEY", "Pruned", "SkippedImage", "apply_plan", "check_arguments", "claim", "prune", "remove_planned"]
 
+
+T = TypeVar("T")
 
 CLAIM_KEY: Final = "prune"
 """The key of the claim of the process that prunes."""
@@ -93,12 +96,27 @@ def prune(
         Busy: if another process prunes for too long.
     """
     database.folders.check()  # a read-only cache fails here
-    with single_flight.claim_or_find(database.directory, CLAIM_KEY, lambda: None, seconds=database.wait_seconds):
+    with claim(database, lambda: None):
         if plan is None:
             pruned = _plan_and_remove(database, policy, to_free, progress)
         else:
             pruned = remove_planned(database, Plan(list(plan), 0, 0, {}, {}), progress)
     return pruned._replace(used_size=_measure_used(database))
+
+
+@contextmanager
+def claim(database: Database, find: Callable[[], T | None]) -> Iterator[T | None]:
+    """Yield the result of ``find``; if it is None, be the one process that prunes during the block.
+
+    Raises:
+        Busy: if another process prunes for too long.
+    """
+    with ExitStack() as block:
+        claiming = partial(
+            single_flight.claim_or_find, database.directory, CLAIM_KEY, find, seconds=database.wait_seconds
+        )
+        # A full disk is a reason to prune, so the reserve has room for the claim's file.
+        yield database.reserve.run(lambda: block.enter_context(claiming()))
 
 
 def _plan_and_remove(database: Database, policy: Policy, to_free: int | None, progress: Progress | None) -> Pruned:

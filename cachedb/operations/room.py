@@ -188,7 +188,7 @@ class Room:
                 return
 
     def _make(self, policy: Policy, name: Name | None, size: int) -> None:
-        from cachedb.operations.prune import CLAIM_KEY
+        from cachedb.operations.prune import claim
 
         gauge, directory = self._find_gauge(), self._database.directory
 
@@ -196,9 +196,7 @@ class Room:
             return None if gauge.is_short(policy.limits, size) else True
 
         while True:
-            with single_flight.claim_or_find(
-                directory, CLAIM_KEY, find, seconds=self._database.wait_seconds
-            ) as has_room:
+            with claim(self._database, find) as has_room:
                 if has_room:
                     return
                 made = self._plan(policy, size)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, StorageError, space
+from cachedb import Cache, Keep, Policy, Remove, StorageError, space
 from cachedb.disk import file_system
 from cachedb.disk.layout import partial_path
 from cachedb.disk.reserve import is_full
@@ -102,6 +102,14 @@ def test_a_cache_without_free_inodes_can_be_read_and_emptied(cachedb: Run, full:
     check(full)
     assert set(os.listdir(full / "reserve.inodes")) == RESERVED
     assert (full / "reserve").stat().st_size == 1024 * 1024
+
+
+@pytest.mark.slow
+def test_a_cache_without_free_inodes_can_be_pruned(full: Path) -> None:
+    with Cache.open(full) as cache:
+        pruned = cache.prune(Policy(keep=(Keep(used_within=0.001),), remove=(Remove(names=("other:*",)),)))
+        assert list(map(str, pruned.images)) == ["other:1"]
+        assert list(map(str, cache.list_names())) == ["app:1"]
 
 
 @pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
