@@ -300,7 +300,7 @@ def test_the_json_reference_has_the_fields_of_the_result_types() -> None:
     fields = {name: one._fields for name, one in types.items()}
     fields["Image"] = ("name", *fields["Image"], "platform", "created_at")
     fields["Push"] = (*fields["Push"], "size")
-    fields["Plan"] = (*fields["Plan"], "garbage_size", "missing_size")
+    fields["Plan"] = (*fields["Plan"], "garbage_size", "unmet_size")
     assert {name: tuple(described[name]) for name in types} == fields
 
 

@@ -288,7 +288,7 @@ def _describe_planned(image: PlannedImage) -> dict[str, Any]:
 
 def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None:
     images = list(map(_describe_planned, plan.images))
-    sums = {"garbage_size": plan.garbage_size, "missing_size": plan.missing_size}
+    sums = {"garbage_size": plan.garbage_size, "unmet_size": plan.unmet_size}
     document = {**plan._asdict(), "images": images, **sums}
     summary = f"would prune {_describe_freed(len(images), plan.garbage_size + plan.freed_size)}"
     if file is not None:
@@ -309,7 +309,7 @@ def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None
         click.echo(summary)
     if form != "json" and not quiet:
         _tell_recent(plan.recent_images)
-    _check_missing(plan.missing_size, plan.kept_sizes)
+    _check_unmet(plan.unmet_size, plan.kept_sizes)
 
 
 def _print_sizes(heading: str, sizes: Mapping[str, int]) -> None:
@@ -340,7 +340,7 @@ def _print_pruned(pruned: Pruned, policy: Policy, form: str, *, quiet: bool) -> 
         used = format_size(pruned.used_size) + (f" of {format_size(limit)}" if limit is not None else "")
         click.echo(f"pruned {_describe_freed(len(pruned.images), freed_size)}; {used} used")
         _tell_recent(pruned.recent_images)
-    _check_missing(pruned.missing_size, pruned.kept_sizes)
+    _check_unmet(pruned.unmet_size, pruned.kept_sizes)
 
 
 def _tell_recent(count: int) -> None:
@@ -365,13 +365,13 @@ def _describe_freed(images: int, size: int) -> str:
     return f"{format_count(images, 'image')}, {format_size(size)}"
 
 
-def _check_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> None:
+def _check_unmet(unmet_size: int, kept_sizes: Mapping[str, int]) -> None:
     """Raise if the limits cannot be met.
 
     Raises:
         CacheError: with what keeps the space.
     """
-    from cachedb.operations.plan import explain_missing
+    from cachedb.operations.plan import explain_unmet
 
-    if missing_size:
-        raise CacheError(explain_missing(missing_size, kept_sizes))
+    if unmet_size:
+        raise CacheError(explain_unmet(unmet_size, kept_sizes))

@@ -25,7 +25,7 @@ from cachedb.operations.policy import Limits, Policy
 from cachedb.operations.rules import RECENT_SECONDS, build_rules, run_queries
 from cachedb.text import format_size
 
-__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "explain_missing", "make_plan", "sort_sizes"]
+__all__ = ["Explanation", "Plan", "PlannedImage", "explain", "explain_unmet", "make_plan", "sort_sizes"]
 
 
 _REASONS = {
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         return sum(self.garbage_sizes.values())
 
     @property
-    def missing_size(self) -> int:
+    def unmet_size(self) -> int:
         """The bytes that the limits require beyond what the plan frees."""
         return max(0, self.needed_size - self.garbage_size - self.freed_size)
 
@@ -176,14 +176,14 @@ def sort_sizes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(((name, size) for name, size in sizes.items() if size), key=lambda pair: -pair[1])
 
 
-def explain_missing(missing_size: int, kept_sizes: Mapping[str, int]) -> str:
+def explain_unmet(unmet_size: int, kept_sizes: Mapping[str, int]) -> str:
     """Return why a limit cannot be met, as the text of an error.
 
     Args:
-        missing_size: bytes that the limits require, but that nothing may free.
+        unmet_size: bytes that the limits require, but that nothing may free.
         kept_sizes: as in `Plan`.
     """
-    problem = f"cannot free {format_size(missing_size)} more, because"
+    problem = f"cannot free {format_size(unmet_size)} more, because"
     if not kept_sizes:  # the plan was enough
         return f"{problem} images of the plan have been used or held since: prune again later"
     kept = ", ".join(f"{format_size(size)} {name}" for name, size in sort_sizes(kept_sizes))

@@ -55,7 +55,7 @@ class Pruned(NamedTuple):
     garbage: Collected = Collected(0, 0)  # blobs of no image that were freed before the images
     garbage_sizes: Mapping[str, int] = MappingProxyType({})  # bytes freed before the images: see `Plan`
     used_size: int = 0  # bytes of all files of the cache afterwards
-    missing_size: int = 0  # bytes that the limits require, but that were not freed
+    unmet_size: int = 0  # bytes that the limits require, but that were not freed
     kept_sizes: Mapping[str, int] = MappingProxyType({})  # bytes that nothing may free: see `Plan`
     recent_images: int = 0  # that a rule would have removed: see `Plan`
 
@@ -129,7 +129,7 @@ def _plan_and_remove(database: Database, policy: Policy, to_free: int | None, pr
         made = database.reserve.run(partial(make_plan, database, policy, to_free=rest))
         last = remove_planned(database, made, _shift(progress, pruned.freed_size))
         pruned = _add(pruned, last)
-        if last.missing_size <= made.missing_size:
+        if last.unmet_size <= made.unmet_size:
             break
     return pruned
 
@@ -168,7 +168,7 @@ def remove_planned(database: Database, made: Plan, progress: Progress | None = N
     return pruned._replace(
         garbage=garbage,
         garbage_sizes={"reclaimable": garbage.bytes, **files.freed},
-        missing_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size),
+        unmet_size=max(0, made.needed_size - made.garbage_size - pruned.freed_size),
         kept_sizes=made.kept_sizes,
         recent_images=made.recent_images,
     )

@@ -167,7 +167,7 @@ class Room:
         return self._gauge
 
     def _keep_limits(self, policy: Policy, names: Collection[Name]) -> None:
-        from cachedb.operations.plan import explain_missing
+        from cachedb.operations.plan import explain_unmet
         from cachedb.operations.prune import CLAIM_KEY
 
         gauge, directory = self._find_gauge(), self._database.directory
@@ -178,8 +178,8 @@ class Room:
                 if is_short := gauge.is_short(policy.limits):
                     made = self._plan(policy, 0, names)
                     pruned = self._remove(made)
-                    if made.missing_size:
-                        self._warn(explain_missing(made.missing_size, made.kept_sizes))
+                    if made.unmet_size:
+                        self._warn(explain_unmet(made.unmet_size, made.kept_sizes))
                         return
                     if not (pruned.images or pruned.skipped or pruned.garbage.blobs):
                         return
@@ -200,7 +200,7 @@ class Room:
                 if has_room:
                     return
                 made = self._plan(policy, size)
-                if made.missing_size:
+                if made.unmet_size:
                     raise _no_room_error(directory, policy, name, size, made)
                 pruned = self._remove(made)
             if pruned.freed_size >= made.freed_size:
@@ -219,7 +219,7 @@ class Room:
             )
 
         made = at_low_priority(lambda: plan(policy.limits.down_to))
-        return at_low_priority(lambda: plan(1.0)) if made.missing_size and policy.limits.down_to < 1 else made
+        return at_low_priority(lambda: plan(1.0)) if made.unmet_size and policy.limits.down_to < 1 else made
 
     def _remove(self, made: Plan) -> Pruned:
         from cachedb.operations.prune import remove_planned
@@ -246,13 +246,13 @@ def _measure_source(source: object) -> int:
 
 
 def _no_room_error(directory: Path, policy: Policy, name: Name | None, size: int, made: Plan) -> NoRoom:
-    from cachedb.operations.plan import explain_missing
+    from cachedb.operations.plan import explain_unmet
 
     what, limit = f"{name or 'the import'} needs {format_size(size)}", policy.limits.max_size
     if limit is not None and size > limit:
         return NoRoom(f"{what}, more than max-size in {POLICY_FILE}: raise the limit")
     # Without a process that downloads them, partial downloads stay for a day.
     passing_size = sum(made.kept_sizes.get(kind, 0) for kind in ("partial downloads", "in use"))
-    may_help = made.missing_size <= passing_size and downloads.are_running(directory)
+    may_help = made.unmet_size <= passing_size and downloads.are_running(directory)
     advice = "; other pulls are running, so a retry may help when they have ended" if may_help else ""
-    return NoRoom(f"{what}: {explain_missing(made.missing_size, made.kept_sizes)}{advice}")
+    return NoRoom(f"{what}: {explain_unmet(made.unmet_size, made.kept_sizes)}{advice}")

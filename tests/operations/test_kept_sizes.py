@@ -25,7 +25,7 @@ def test_an_unreachable_limit_says_what_keeps_the_space(cache: Cache) -> None:
     plan = cache.plan_prune(Policy(keep=(Keep(names=("keep/*",)), Keep(names=("also/*",)))), to_free=1 << 40)
     assert names_of(plan) == ["gone:1"]
     assert plan.freed_size == sizes["gone:1"] - len(held_blob)
-    assert plan.missing_size == (1 << 40) - plan.freed_size
+    assert plan.unmet_size == (1 << 40) - plan.freed_size
     assert plan.kept_sizes == {
         "keep 1": sizes["keep/a:1"],
         "pinned": sizes["pinned:1"],

@@ -71,7 +71,7 @@ def test_a_plan_is_the_least_recently_used_images_without_those_that_the_target_
     limit_images = set(chosen[len(by_rule) :])
     assert all(freed_by(set(chosen) - {number}) < reached for number in limit_images), "no proper subset is enough"
     assert plan.garbage_size == garbage_size
-    assert plan.missing_size == max(0, target - freed_by(set(chosen)))
+    assert plan.unmet_size == max(0, target - freed_by(set(chosen)))
 
 
 def test_images_that_the_target_does_not_need_stay_if_their_blobs_are_read_one_by_one(

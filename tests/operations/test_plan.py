@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from cachedb import Cache, CacheError, Keep, Limits, NotInCache, Policy, Remove
 from cachedb.disk.sizes import FileSystem, measure_files
 from cachedb.index import eviction
-from cachedb.operations.plan import explain_missing
+from cachedb.operations.plan import explain_unmet
 from tests.conftest import snapshot, stored_rows
 from tests.support.ages import age
 from tests.support.pruning import ALL, names_of, save_old
@@ -70,12 +70,12 @@ def test_garbage_counts_before_images(cache: Cache) -> None:
 
 
 def test_a_missed_limit_is_explained_with_what_to_do() -> None:
-    text = explain_missing(5000, {"index": 3000, "policy": 0, "keep 1": 4000})
+    text = explain_unmet(5000, {"index": 3000, "policy": 0, "keep 1": 4000})
     assert text == (
         "cannot free 5 kB more, because the rest stays (4 kB keep 1, 3 kB index): raise the limit, change what the "
         "policy keeps, unpin images, or release holds"
     )
-    assert explain_missing(5, {}).endswith("have been used or held since: prune again later")
+    assert explain_unmet(5, {}).endswith("have been used or held since: prune again later")
 
 
 @pytest.mark.parametrize("size", [0, -1])

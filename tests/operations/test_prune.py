@@ -86,7 +86,7 @@ def test_a_prune_frees_exactly_the_bytes_of_its_plan(
         assert done.garbage == garbage
         assert sum(before.values()) - sum(after.values()) == plan.freed_size + plan.garbage_size
         assert after == stored_rows(cache.directory)
-        if plan.missing_size:
+        if plan.unmet_size:
             files = measure_files(cache.directory).kept
             kept_blobs = {name: size for name, size in plan.kept_sizes.items() if name not in files}
             assert sum(kept_blobs.values()) == sum(after.values())
@@ -100,9 +100,9 @@ def test_a_prune_says_what_is_used_and_what_is_missing_afterwards(cache: Cache) 
     pruned = cache.prune(Policy(Limits(max_size=1000)))
     usage = cache.get_usage()
     assert pruned.used_size == usage.used_size
-    assert pruned.missing_size > 0
+    assert pruned.unmet_size > 0
     assert pruned.kept_sizes["held"] == usage.stored.size
-    assert cache.prune(ALL).missing_size == 0
+    assert cache.prune(ALL).unmet_size == 0
 
 
 def test_progress_reaches_the_bytes_of_the_plan(cache: Cache) -> None:
@@ -278,7 +278,7 @@ def test_other_images_go_if_planned_ones_are_used_and_the_limit_would_be_missed(
     assert [names_of(plan) for plan in plans] == [["app:4", "app:3"], ["app:2"]]
     assert done.images == ["app:3", "app:2"]
     assert done.skipped == [SkippedImage(Name.parse("app:4"), "used since the plan")]
-    assert (done.missing_size, done.garbage, done.garbage_sizes["reclaimable"]) == (0, (1, 70_000), 70_000)
+    assert (done.unmet_size, done.garbage, done.garbage_sizes["reclaimable"]) == (0, (1, 70_000), 70_000)
     assert done.freed_size == sizes["app:3"] + sizes["app:2"]
     assert done.blobs == 6
     assert seen == sorted(seen)
@@ -290,7 +290,7 @@ def test_another_plan_measures_a_size_limit_anew(cache: Cache, count_plans: Coun
     limits = Limits(max_size=cache.get_usage().used_size - 1)
     plans = count_plans(use_first(cache, "app:19"))
     done = cache.prune(Policy(limits))
-    assert (len(plans), str(done.images[0]), done.missing_size) == (2, "app:18", 0)
+    assert (len(plans), str(done.images[0]), done.unmet_size) == (2, "app:18", 0)
     assert done.skipped == [SkippedImage(Name.parse("app:19"), "used since the plan")]
 
 
@@ -299,7 +299,7 @@ def test_an_image_that_goes_with_a_later_plan_is_not_skipped(cache: Cache, count
     count_plans(lambda number: age(cache, "last_used_at", "app:1", days=1) if number == 1 else None)
     done = cache.prune(to_free=1)
     assert done.images == ["app:1"]
-    assert (done.skipped, done.missing_size) == ([], 0)
+    assert (done.skipped, done.unmet_size) == ([], 0)
 
 
 def test_a_prune_gives_up_if_its_images_are_used_again_and_again(cache: Cache, count_plans: CountPlans) -> None:
@@ -308,7 +308,7 @@ def test_a_prune_gives_up_if_its_images_are_used_again_and_again(cache: Cache, c
     done = cache.prune(to_free=1)
     assert 1 < len(plans) <= 20
     assert [str(image.name) for image in done.skipped] == ["app:1"]
-    assert (done.images, done.missing_size) == ([], 1)
+    assert (done.images, done.unmet_size) == ([], 1)
 
 
 def test_images_that_only_rules_remove_are_planned_once(cache: Cache, count_plans: CountPlans) -> None:
