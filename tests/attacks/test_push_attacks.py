@@ -227,11 +227,11 @@ def test_an_interrupt_does_not_wait_for_the_registry(
     arguments = [sys.executable, "-m", "cachedb", "--dir", str(directory), command]
     arguments.append(name if command == "pull" else f"{remote.host}/app:2")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert wait_until(lambda: any("/blobs/" in request.path for request in remote.requests), 60)
+        assert wait_until(lambda: any("/blobs/" in request.path for request in remote.requests))
         time.sleep(0.2)  # so that the command may have received the answer that makes it pause
         process.send_signal(signal.SIGINT)
         try:
-            _, stderr = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
     assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")

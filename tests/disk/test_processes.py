@@ -85,7 +85,7 @@ def test_a_copied_or_pickled_cache_has_its_own_session(cache: Cache) -> None:
 def test_a_killed_child_breaks_no_promise(cache: Cache) -> None:
     process = multiprocessing.get_context("spawn").Process(target=store_and_wait, args=(cache,))
     process.start()
-    assert wait_until(lambda: len(stored_rows(cache.directory)) == 1, 30)
+    assert wait_until(lambda: len(stored_rows(cache.directory)) == 1)
     process.kill()
     process.join()
     assert cache.collect_garbage().blobs == 1

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,13 @@ from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.operations import push
 from cachedb.transports.registry import repository as registry
 from tests.conftest import Run
-from tests.operations.test_pull import count_connecting, unreachable, write_login  # noqa: F401 - a fixture
+from tests.operations.test_pull import (  # noqa: F401 - unreachable is a fixture
+    count_connecting,
+    interrupt,
+    patient_command,
+    unreachable,
+    write_login,
+)
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_answer, change_headers, drop_answer, redirect, retry_later
 from tests.support.promises import check
@@ -739,15 +743,6 @@ def test_an_interrupt_does_not_wait_for_a_connection(
     unreachable: str,  # noqa: F811 - the fixture
 ) -> None:
     others = count_connecting(unreachable)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cachedb", "--dir", directory, "push", "app:1", f"{unreachable}/it:1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert wait_until(lambda: count_connecting(unreachable) > others, 60)
-    before = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - before < 8, "the push waited for the connection (10 s)"
-    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
+    with patient_command("--dir", directory, "push", "app:1", f"{unreachable}/it:1") as process:
+        assert wait_until(lambda: count_connecting(unreachable) > others)
+        assert interrupt(process) == (130, "cachedb: interrupted")

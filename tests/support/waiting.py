@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> bool:
     """Return whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -16,13 +16,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from cachedb.errors import CacheError, RegistryError
 from cachedb.oci.names import HUB, HUB_HOSTS
+from cachedb.progress import Advance
 from cachedb.text import shorten
+from cachedb.threads import in_threads
 
 __all__ = ["Credentials", "find"]
 
@@ -199,6 +201,17 @@ def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Eve
 
 def _run_helper(program: str, server: str, file: str, stopped: threading.Event) -> tuple[int, bytes]:
     """Run a helper with the server as its input; return its exit code and its output."""
+    interrupted = threading.Event()
+
+    def run(_item: None, _advance: Advance) -> tuple[int, bytes]:
+        return _start_helper(program, server, file, lambda: stopped.is_set() or interrupted.is_set())
+
+    # In a thread, because an interrupt of the main thread may come when the process runs and Popen has not returned.
+    return in_threads(run, [None], lambda _: None, threads=1, stop=interrupted.set)[0]
+
+
+def _start_helper(program: str, server: str, file: str, is_stopped: Callable[[], bool]) -> tuple[int, bytes]:
+    """Start a helper and wait for its end, as `_run_helper` does."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     pipe = subprocess.PIPE
     try:  # in its own session, so that its child processes can be killed with it
@@ -219,7 +232,7 @@ def _run_helper(program: str, server: str, file: str, stopped: threading.Event) 
             answer = b""
             while len(answer) <= _ANSWER_LIMIT:
                 while not selector.select(_POLL_SECONDS):
-                    if stopped.is_set():
+                    if is_stopped():
                         raise CacheError(f"cancelled: {program} is no longer needed")
                     if time.monotonic() > deadline:
                         raise subprocess.TimeoutExpired(program, _TIMEOUT_SECONDS)

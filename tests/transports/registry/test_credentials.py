@@ -7,6 +7,8 @@ import errno
 import json
 import logging
 import os
+import signal
+import subprocess
 import threading
 import time
 import traceback
@@ -386,13 +388,16 @@ def test_a_hanging_helper_is_killed_with_its_children(
     assert has_ended(int(pid.read_text()))
 
 
-def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_path: Path, helper: Helper) -> None:
+def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(
+    home: Path, tmp_path: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "_TIMEOUT_SECONDS", 600.0)
     pid, stopped = tmp_path / "pid", threading.Event()
     helper("x", f"sleep 100 & echo $! > '{pid}'; wait")
     write_docker_config(home, {"credsStore": "x"})
 
     def stop() -> None:
-        if wait_until(lambda: is_written(pid), 25):
+        if wait_until(lambda: is_written(pid)):
             stopped.set()
 
     stopper = threading.Thread(target=stop)
@@ -403,6 +408,26 @@ def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_
     assert has_ended(int(pid.read_text()))
 
 
+def test_an_interrupt_kills_a_helper_that_has_just_started(
+    home: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = list[int]()
+
+    class InterruptedPopen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            pids.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    helper("x", "exec sleep 600")
+    write_docker_config(home, {"credsStore": "x"})
+    monkeypatch.setattr(credentials, "_TIMEOUT_SECONDS", 600.0)
+    monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
+    with pytest.raises(KeyboardInterrupt):
+        find(REGISTRY, "app")
+    assert has_ended(pids[0])
+
+
 def is_written(path: Path) -> bool:
     """Return whether a file contains a complete line."""
     return path.exists() and path.read_text().endswith("\n")
@@ -410,7 +435,7 @@ def is_written(path: Path) -> bool:
 
 def has_ended(pid: int) -> bool:
     """Return whether a process ends in time; a zombie counts as ended."""
-    return wait_until(lambda: not is_alive(pid), 30)
+    return wait_until(lambda: not is_alive(pid))
 
 
 # Invalid files
