@@ -64,6 +64,7 @@ def isolate_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))  # else root's /run/containers is read
     monkeypatch.setattr(registries_conf, "_SYSTEM_FOLDER", str(tmp_path / "etc"))
     monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: SKIPPED_PAUSE_SECONDS.append(seconds))
     SKIPPED_PAUSE_SECONDS.clear()

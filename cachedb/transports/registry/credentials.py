@@ -32,6 +32,7 @@ __all__ = ["Credentials", "find"]
 _FILE_LIMIT = 1024 * 1024  # bytes
 _ANSWER_LIMIT = 64 * 1024  # bytes that a helper may write; a token has a few thousand
 _TIMEOUT_SECONDS = 30.0  # for a helper
+_SYSTEM_FOLDER = "/run/containers"
 _POLL_SECONDS = 0.1  # between checks for a stop
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NOT_FOUND = b"credentials not found in native keychain"
@@ -84,7 +85,10 @@ def _usual_files() -> Iterator[str]:
     """Yield the paths of credential files, which need not exist, in order of precedence."""
     home = os.path.expanduser("~")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    yield os.path.join(runtime, "containers/auth.json") if runtime else f"/run/containers/{os.getuid()}/auth.json"
+    if runtime:
+        yield os.path.join(runtime, "containers/auth.json")
+    elif os.access(_SYSTEM_FOLDER, os.X_OK):  # else root has made it for itself, and no other user can log in there
+        yield f"{_SYSTEM_FOLDER}/{os.getuid()}/auth.json"
     yield os.path.join(os.environ.get("XDG_CONFIG_HOME") or f"{home}/.config", "containers/auth.json")
     yield os.path.join(os.environ.get("DOCKER_CONFIG") or f"{home}/.docker", "config.json")
     yield os.path.join(home, ".dockercfg")

@@ -108,13 +108,23 @@ def test_files_are_in_the_home_if_no_variable_is_set(place: str, home: Path) -> 
     assert username_of(find(REGISTRY, "app")) == "me"
 
 
-def test_without_a_runtime_directory_the_first_file_is_in_run_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_runtime_directory_the_first_file_is_in_run_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert credentials._SYSTEM_FOLDER == "/run/containers"
+    monkeypatch.setattr(credentials, "_SYSTEM_FOLDER", str(tmp_path))
     for value in ("", None):
         if value is None:
             monkeypatch.delenv("XDG_RUNTIME_DIR")
         else:
             monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-        assert next(credentials._usual_files()) == f"/run/containers/{os.getuid()}/auth.json"
+        assert next(credentials._usual_files()) == f"{tmp_path}/{os.getuid()}/auth.json"
+
+
+def test_a_system_folder_that_only_root_may_enter_is_skipped(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/run/containers")  # a mode would not stop root
+    assert next(credentials._usual_files()) == str(home / ".config/containers/auth.json")
 
 
 def test_a_file_without_the_registry_does_not_hide_the_next(home: Path, tmp_path: Path) -> None:
