@@ -109,7 +109,9 @@ def unpack_frozen_cache(revision: str, directory: Path) -> Path:
     """Unpack the cache that the release of a revision made."""
     directory.mkdir()
     with tarfile.open(FROZEN / f"{revision}.tar.xz") as tar:
-        tar.extractall(directory, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Python before 3.11.4, as Debian 12 has it, lacks it
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(directory)
     for name in ("ingest", "trash", "locks", "backups"):
         (directory / name).mkdir()
     return directory
