@@ -751,18 +751,21 @@ class Cache:
         if filters is not None:
             self._uses.write()  # what this process has just used is not unused
 
+        if dry_run:
+            with self._database.read() as connection:
+                found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
+                freed = collect.sum_freed(connection, [row.id for row in found])
+                return Removed(freed, [image.name for image in found])
+
         def remove_rows() -> Removed:
             with self._database.write() as connection:
                 found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
                 freed = collect.delete_unreferenced(connection, images.remove(connection, [row.id for row in found]))
-                if dry_run:
-                    connection.rollback()
                 return Removed(freed, [image.name for image in found])
 
-        freed = self._database.reserve.run(remove_rows)
-        if not dry_run:
-            self._database.reserve.run(lambda: collect.empty_trash(self._database))
-        return freed
+        removed = self._database.reserve.run(remove_rows)
+        self._database.reserve.run(lambda: collect.empty_trash(self._database))
+        return removed
 
     def pin(self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False) -> list[Name]:
         """Pin the names of images, all of them or none: `prune` removes no pinned image, whatever its lifetime.

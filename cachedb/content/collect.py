@@ -43,7 +43,7 @@ from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, StorageError, explain, is_callers, os_errors
 from cachedb.index import holds
 from cachedb.index.blobs import read_stored_sizes
-from cachedb.index.sqlite.batches import BATCH, split_batches
+from cachedb.index.sqlite.batches import BATCH, are_among, split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
@@ -59,6 +59,7 @@ __all__ = [
     "empty_trash",
     "recover",
     "recover_without_waiting",
+    "sum_freed",
     "sum_unreferenced",
 ]
 
@@ -89,10 +90,13 @@ class Removed(Collected):
         return removed
 
 
+# No session has a lease on the blob.
+_UNLEASED = ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists()
+
 # No image is associated with the blob, and no session has a lease on it.
 _UNREFERENCED = (
     ~select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists(),
-    ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),
+    _UNLEASED,
 )
 
 
@@ -137,6 +141,17 @@ def sum_unreferenced(connection: Connection) -> Collected:
         select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0))
         .select_from(unreferenced.join(BLOBS, BLOBS.c.id == unreferenced.c.id))
         .where(BLOBS.c.stored_at.is_not(None))
+    )
+    return Collected(*connection.execute(totals).one())
+
+
+def sum_freed(connection: Connection, image_ids: Iterable[int]) -> Collected:
+    """Return how many blobs and bytes the removal of images would free now."""
+    removed = are_among(IMAGE_BLOBS.c.image_id, list(image_ids))
+    theirs = select(IMAGE_BLOBS.c.blob_id).where(removed)
+    others = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id, ~removed)
+    totals = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
+        BLOBS.c.id.in_(theirs), ~others.exists(), _UNLEASED, BLOBS.c.stored_at.is_not(None)
     )
     return Collected(*connection.execute(totals).one())
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, select
 
-from cachedb import Cache, DamagedIndex, StorageError
+from cachedb import Cache, DamagedIndex, Name, StorageError
 from cachedb.content import collect
 from cachedb.disk.layout import blob_path, trash_name
 from cachedb.index import blobs
@@ -73,6 +73,16 @@ def test_a_dry_run_returns_what_a_real_run_deletes_and_deletes_nothing(cache: Ca
     gone = files.items() - files_of(cache.directory).items()
     assert planned == (len(gone), sum(size for _, size in gone))
     assert len(gone) == {"remove": 3, "collect": 2}[how]
+
+
+def test_a_dry_run_of_a_removal_waits_for_no_writer_and_counts_no_held_blob(cache: Cache) -> None:
+    save(cache, "gone", image(1))
+    save(cache, "held", image(2))
+    cache.add_hold("held")
+    with closing(Database(cache.directory)) as index, index.write():
+        planned = cache.remove_manifest("gone", "held", dry_run=True)
+    assert planned.images == [Name.parse("gone"), Name.parse("held")]
+    assert cache.remove_manifest("gone", "held") == planned == (3, sum(map(len, image(1).blobs.values())))
 
 
 def test_a_collection_and_a_removal_keep_the_same_blobs(tmp_path: Path) -> None:
