@@ -178,6 +178,7 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
         list(collect.collect(index))
     finally:
         event.remove(Engine, "commit", note_commit)
+        monkeypatch.undo()  # pytest deletes the folder
     assert happened == ["commit", "rename blobs", "sync sha256", "commit", "unlink trash"]
     assert at_commit == [[0, 1], [0, 0]]
 
@@ -259,6 +260,7 @@ def test_a_failure_in_a_thread_that_unlinks_reaches_the_caller(
     monkeypatch.setattr(os, "unlink", fail)
     with pytest.raises(MemoryError, match="no memory for the name"):
         collect.empty_trash(index)
+    monkeypatch.undo()  # pytest deletes the folder
 
 
 def test_a_collection_frees_the_files_of_a_batch_before_the_next(cache: Cache, index: Database) -> None:
