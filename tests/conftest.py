@@ -46,6 +46,7 @@ def pytest_configure() -> None:
     settings.load_profile("any machine")
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of workers for `-n auto`: one more than CPUs, because tests also wait for other processes."""
     return len(os.sched_getaffinity(0)) + 1

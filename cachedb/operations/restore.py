@@ -57,9 +57,15 @@ def restore(directory: Path, file: Path) -> Restored:
         StorageError: if the backup cannot be read, or the cache cannot be written.
         Busy: if another process holds the write lock for too long.
     """
-    database = Database(choose_directory(directory))
+    with closing(Database(choose_directory(directory))) as database:
+        return _restore(database, file)
+
+
+def _restore(database: Database, file: Path) -> Restored:
     if not is_ours(database.directory) and not has_our_mark(database):
-        raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
+        raise NotACache(
+            f"{str(database.directory)!r} is not a cache: restore a backup into the directory it was made of"
+        )
     with os_errors("mark the cache"):
         database.folders.mark(new=True, is_sound=False)
     with os_errors("read the backup"):
@@ -82,7 +88,6 @@ def restore(directory: Path, file: Path) -> Restored:
         return restored
     finally:
         session.close()
-        database.close()
 
 
 class Restored(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from alembic import command
 
-from cachedb import Cache, CacheError, DamagedIndex, NotACache, StorageError
+from cachedb import Cache, CacheError, DamagedIndex, NotACache, NotInCache, StorageError
 from cachedb.index import drift, schema
 from cachedb.index.sqlite import connection
 from cachedb.index.sqlite.database import Database
@@ -73,6 +73,11 @@ def restore_cut_backup(filled: Path, _patch: pytest.MonkeyPatch) -> None:
     restore.restore(filled, backup)
 
 
+def restore_missing_backup(filled: Path, _patch: pytest.MonkeyPatch) -> None:
+    (filled / "cachedb.json").unlink()  # so the index shows whether it is a cache
+    restore.restore(filled, filled / "backups" / "missing.db")
+
+
 def restore_without_agreement(filled: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(restore, "_match_cache", fail)
     restore.restore(filled, shutil.copyfile(filled / "index.db", filled / "backups" / "good.db"))
@@ -103,6 +108,7 @@ def run_alembic_on_unmarked_index(filled: Path, patch: pytest.MonkeyPatch) -> No
         (open_other_database, (DamagedIndex, NotACache)),
         (look_up_in_cut_index, DamagedIndex),
         (restore_cut_backup, DamagedIndex),
+        (restore_missing_backup, NotInCache),
         (restore_without_agreement, StorageError),
         (rebuild_without_rows, StorageError),
         (check_with_failing_migrations, StorageError),
