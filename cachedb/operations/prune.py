@@ -79,11 +79,9 @@ def prune(
     plan: Iterable[PlannedImage] | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
-    """Collect garbage, then remove what a policy removes, or the images of a plan.
+    """Collect garbage, then remove what a policy removes, or the images of a plan. One process prunes at a time.
 
-    One process prunes at a time.
-
-    If planned images have changed, and a limit is missed because they stay, other images are planned.
+    If a limit is missed because planned images have changed and stay, other images are planned.
 
     Args:
         database: of the cache.
