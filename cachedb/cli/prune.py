@@ -350,7 +350,7 @@ def _tell_recent(count: int) -> None:
     if count:
         click.echo(
             f"cachedb: kept {format_count(count, 'image')} used in the last {RECENT_SECONDS / 60:g} minutes: "
-            "for another time, write a keep rule with used-within",
+            "to change this time, write a keep rule with used-within",
             err=True,
         )
 

@@ -303,7 +303,7 @@ def test_a_prune_says_that_images_used_a_moment_ago_stay(
     done = cachedb("prune", "--unused-for", "0s", *options)
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == (
-        "cachedb: kept 1 image used in the last 10 minutes: for another time, write a keep rule with used-within"
+        "cachedb: kept 1 image used in the last 10 minutes: to change this time, write a keep rule with used-within"
     )
     assert "app:2" in cachedb("ls").stdout
 
