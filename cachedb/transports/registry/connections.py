@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -109,22 +109,17 @@ class Connections:
                 self._certificates[host] = find_certificates(self._registry, host)
             return self._certificates[host]
 
-    def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
+    def _connect(self, connection: HTTPConnection, connecting: _Connecting) -> None:
         """Connect in a thread, which is abandoned on a stop because connecting cannot be cancelled."""
-        future = Future[None]()
-
-        def run() -> None:
-            try:
-                connect()
-                future.set_result(None)
-            except BaseException as error:
-                future.set_exception(error)
-
-        if not start(threading.Thread(target=run, daemon=True)):
-            run()
-        while wait([future], _POLL_SECONDS).not_done:
-            self.check_stopped()
-        future.result()
+        if not start(threading.Thread(target=connecting.run, daemon=True)):
+            connecting.run()
+        try:
+            while wait([connecting.future], _POLL_SECONDS).not_done:
+                self.check_stopped()
+        except BaseException:
+            connecting.abandon()
+            raise
+        connecting.future.result()
         self._add_connection(connection)
 
     def _add_connection(self, connection: HTTPConnection) -> None:
@@ -134,26 +129,64 @@ class Connections:
             _shut_down(connection)
 
 
-def _create_pool_classes(
-    connect: Callable[[HTTPConnection, Callable[[], None]], None],
-) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3 pool classes by scheme.
+class _Connecting:
+    """One attempt to connect, in a thread of its own.
 
-    Each connection calls ``connect`` with itself and its original connect method.
+    If it is abandoned, only its thread closes the socket. TLS knows the socket by its number: closed by another
+    thread, the number could become that of a file opened since, and the handshake would be written into that file.
     """
+
+    def __init__(self, connect: Callable[[], None], close: Callable[[], None]) -> None:
+        self.future = Future[None]()
+        self.is_abandoned = False
+        self._connect, self._close = connect, close
+
+    def run(self) -> None:
+        """Connect, and close the connection if nobody waits for it any more."""
+        failure: BaseException | None = None
+        try:
+            self._connect()
+        except BaseException as error:
+            failure = error
+        try:
+            self.future.set_exception(failure)
+        except InvalidStateError:  # abandoned
+            self._close()
+
+    def abandon(self) -> None:
+        """Leave the connection to its thread, if that is not done."""
+        self.is_abandoned = self.future.cancel()
+
+
+def _create_pool_classes(
+    connect: Callable[[HTTPConnection, _Connecting], None],
+) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Return urllib3 pool classes by scheme. Each connection calls ``connect`` with itself and its attempt."""
 
     class Plain(HTTPConnection):
         response_class = Response
+        connecting: _Connecting | None = None
 
         def connect(self) -> None:
-            connect(self, super().connect)
+            self.connecting = _Connecting(super().connect, super().close)
+            connect(self, self.connecting)
+
+        def close(self) -> None:
+            if self.connecting is None or not self.connecting.is_abandoned:
+                super().close()
 
     class Secure(HTTPSConnection):
         response_class = Response
+        connecting: _Connecting | None = None
 
         def connect(self) -> None:
-            connect(self, super().connect)
+            self.connecting = _Connecting(super().connect, super().close)
+            connect(self, self.connecting)
             self.is_verified = True  # urllib3 would warn, but the user wants it
+
+        def close(self) -> None:
+            if self.connecting is None or not self.connecting.is_abandoned:
+                super().close()
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain
