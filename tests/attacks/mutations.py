@@ -1035,12 +1035,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.mutations", description=__doc__.partition(":")[0])
     parser.add_argument("words", nargs="*", help="only mutations whose name or file contains one of these")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth mutation (1)")
+    parser.add_argument(
+        "--offset", type=int, default=0, metavar="N", help="begin N mutations later, modulo --every (0)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations to run at once (all CPUs)")
     parser.add_argument("--control", action="store_true", help="first run the tests without a mutation; they must pass")
     options = parser.parse_args()
     chosen = [
         mutation
-        for mutation in MUTATIONS[:: options.every]
+        for mutation in MUTATIONS[options.offset % options.every :: options.every]
         if not options.words or any(word in f"{mutation.what} {mutation.file}" for word in options.words)
     ]
     gaps = 0
