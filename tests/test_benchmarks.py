@@ -45,6 +45,7 @@ def test_a_section_prints_its_table(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_unknown_section_is_refused() -> None:
     command = [sys.executable, "-m", "benchmarks", "--only", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

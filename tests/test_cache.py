@@ -426,6 +426,7 @@ def test_a_blob_stored_twice_for_two_images_keeps_its_lease_for_the_second(cache
     assert cache.save_manifest("two", two.manifest).complete
 
 
+@pytest.mark.slow
 def test_many_threads_share_one_cache(cache: Cache, directory: Path) -> None:
     failures: list[BaseException] = []
 

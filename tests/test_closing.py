@@ -121,6 +121,7 @@ def test_a_cache_can_be_closed_inside_its_own_hold(cache: Cache) -> None:
         cache.close()
 
 
+@pytest.mark.slow
 def test_a_forked_child_inherits_a_closed_cache_and_may_close_an_open_one(tmp_path: Path) -> None:
     output = run_python(
         """

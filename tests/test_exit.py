@@ -27,6 +27,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", refuse)
 
 
+@pytest.mark.slow
 def test_every_operation_works_in_an_atexit_handler(tmp_path: Path) -> None:
     archive = tmp_path / "app.tar"
     make.write(archive, make.oci_files({"app:1": make.image(1, size=2 * CHUNK)}))
@@ -68,6 +69,7 @@ def test_every_operation_works_in_an_atexit_handler(tmp_path: Path) -> None:
     assert files_of(tmp_path / "cache") == {}
 
 
+@pytest.mark.slow
 def test_a_thread_that_outlives_the_main_thread_can_use_the_cache(tmp_path: Path) -> None:
     archive = tmp_path / "app.tar"
     make.write(archive, make.oci_files({"app:1": make.image(1)}))

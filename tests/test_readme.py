@@ -87,6 +87,7 @@ def build(place: Path, base: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_build_step_adds_a_layer(place: Path) -> None:
     subprocess.run(["cachedb", "import", "-q", "examples/hello.oci.tar"], check=True, stdout=subprocess.DEVNULL)
     built = build(place, "hello:1")
@@ -103,6 +104,7 @@ def test_the_build_step_adds_a_layer(place: Path) -> None:
         assert linked.samefile(layer)
 
 
+@pytest.mark.slow
 def test_the_build_step_uses_the_hosts_platform_of_an_index(place: Path) -> None:
     theirs, ours = make.image(1, architecture="s390x"), make.image(2, 3)
     here = {"os": "linux", "architecture": host_platform().split("/")[1]}
@@ -119,6 +121,7 @@ def test_the_build_step_uses_the_hosts_platform_of_an_index(place: Path) -> None
         assert cache.is_image_complete("built:1")
 
 
+@pytest.mark.slow
 def test_the_build_step_keeps_docker_media_types(place: Path) -> None:
     made = make.image(1, compression="gzip")
     manifest = json.loads(made.manifest)

@@ -86,6 +86,7 @@ def test_a_write_of_another_thread_waits_for_the_first(filled: Cache) -> None:
     assert len(filled.list_names()) == 2
 
 
+@pytest.mark.slow
 def test_a_signal_handler_can_use_the_cache_at_any_moment(tmp_path: Path) -> None:
     output = run_python(
         """
@@ -239,6 +240,7 @@ def test_a_progress_callback_can_use_the_cache(filled: Cache, tmp_path: Path) ->
 # Errors raised by callbacks and signal handlers
 
 
+@pytest.mark.slow
 def test_an_error_of_a_signal_handler_passes_unchanged(filled: Cache) -> None:
     def handler(*_: object) -> None:
         raise TimeoutError
@@ -332,6 +334,7 @@ def test_an_error_of_a_callback_of_sqlite_is_raised_again() -> None:
         connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["SELECT count(*) FROM n", "SELECT human(i) FROM n"])
 def test_a_signal_handlers_error_ends_a_query(filled: Cache, query: str) -> None:
     def handler(*_: object) -> None:

@@ -78,6 +78,7 @@ def test_an_error_of_the_iterator_of_items_is_raised() -> None:
         in_threads(lambda item, _: item, items(), sum_progress(0, None))
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_raised_even_if_its_signal_did_not_end_the_wait() -> None:
     interrupted, caller = threading.Event(), threading.get_ident()
     in_time = list[bool]()

@@ -39,6 +39,7 @@ IMAGE = make.image(1, 2)
 # Documents
 
 
+@pytest.mark.slow
 def test_a_manifest_and_a_config_of_the_largest_size_are_saved_exported_imported_and_adopted(
     cache: Cache, directory: Path, tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_an_author_of_the_longest_text_is_kept(length: int, kept: bool) -> None:
     assert (found.author is not None) == kept
 
 
+@pytest.mark.slow
 def test_show_names_the_author_of_an_image_that_has_one(cachedb: Run, cache: Cache) -> None:
     config = json.dumps({**json.loads(IMAGE.config), "author": "A. Author <a@example.org>"}).encode()
     document = json.loads(IMAGE.manifest)

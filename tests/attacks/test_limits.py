@@ -224,6 +224,7 @@ def test_a_read_only_cache_with_an_unfinished_backfill_opens_with_upgrade(disk: 
         upgrade.upgrade(disk / "cache")
 
 
+@pytest.mark.slow
 def test_a_read_only_mount_of_a_cache_shows_what_others_write(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     save(cache, "app:1", MADE)
     with Cache.open(cache.directory) as other:
@@ -393,6 +394,7 @@ def full_disk(disk: Path) -> Path:
     return disk / "cache"
 
 
+@pytest.mark.slow
 def test_commands_read_a_cache_on_a_full_disk_and_free_space(cachedb: Run, full_disk: Path, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(3_000_000))
     assert cachedb("--dir", full_disk, "ls", "-q").stdout == "app:1\n"
@@ -419,6 +421,7 @@ def test_a_process_with_an_open_cache_frees_a_full_disk(full_disk: Path) -> None
         assert cache.collect_garbage().blobs == 600
 
 
+@pytest.mark.slow
 def test_a_pull_that_fills_the_disk_gives_the_space_back(cachedb: Run, disk: Path) -> None:
     directory, small, large = disk / "cache", make.image(1), make.image(2, 3, size=12_000_000)
     with Registry() as remote:

@@ -43,6 +43,7 @@ def remote() -> Iterator[Registry]:
         yield made
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_resumes_over_tls(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # OpenSSL's error for a closed connection must not count as an untrusted certificate.
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
@@ -169,6 +170,7 @@ def test_a_push_of_a_damaged_or_missing_file_names_verify(
     path.chmod(0o444)
 
 
+@pytest.mark.slow
 def test_connections_are_reused(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     accept = remote._server.get_request

@@ -13,6 +13,7 @@ from tests.support import make
 ONE, TWO = make.image(1), make.image(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", ["1.0", "team/app:2"])
 def test_a_tag_in_the_source_selects_an_image(cachedb: Run, tmp_path: Path, tag: str) -> None:
     make.write(tmp_path / "layout", make.oci_files({"1.0": ONE, "team/app:2": TWO}))
@@ -31,6 +32,7 @@ def test_an_import_of_a_missing_file_creates_no_cache(cachedb: Run, directory: P
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_the_source_may_be_an_option_as_in_docker_load(cachedb: Run, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": ONE}))
     assert cachedb("import", "-q", "-i", archive).stdout == "app:1\n"
@@ -58,6 +60,7 @@ def test_a_repository_is_given_only_once(cachedb: Run, tmp_path: Path) -> None:
     assert "NAME is a repository, and --repository was given too" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_an_import_tells_which_names_it_replaced(cachedb: Run, tmp_path: Path) -> None:
     for number, made in enumerate((ONE, TWO)):

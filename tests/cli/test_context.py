@@ -52,6 +52,7 @@ def test_a_reading_command_creates_nothing_and_says_where_it_looked(
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["import ARCHIVE", "pull REGISTRY/app:1", "adopt OLD", "produce app:1 -- true", "blob add ARCHIVE"]
 )
@@ -82,6 +83,7 @@ def test_a_cache_whose_creation_was_interrupted_is_there(cachedb: Run, directory
     assert cachedb("ls", "-q").returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("isolate_client")
 def test_a_registry_is_asked_without_a_cache(
     cachedb: Run, directory: Path, remote: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,7 @@ def archive(tmp_path: Path) -> Path:
     return make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Path, directory: Path) -> None:
     imported = cachedb("import", archive, "--format", "json")
@@ -72,6 +73,7 @@ def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Pa
     assert files_of(directory) == {}
 
 
+@pytest.mark.slow
 def test_the_default_output_is_a_readable_table(cachedb: Run, archive: Path) -> None:
     assert "app:1" in cachedb("import", archive).stdout
     heading, row = cachedb("ls").stdout.splitlines()
@@ -119,6 +121,7 @@ def test_a_terminal_shows_tables_and_progress_bars(archive: Path, directory: Pat
     assert run_on_terminal([*command, "import", "-q", str(archive)], keep="stderr") == ""
 
 
+@pytest.mark.slow
 def test_an_image_is_imported_and_exported_through_pipes(cachedb: Run, archive: Path) -> None:
     with archive.open("rb") as file:
         assert cachedb("import", "-", "copy:2", "-q", stdin=file).stdout == "copy:2\n"
@@ -130,6 +133,7 @@ def test_an_image_is_imported_and_exported_through_pipes(cachedb: Run, archive: 
     assert json.loads(again.stdout)[0]["digest"] == MADE.digest
 
 
+@pytest.mark.slow
 def test_a_blob_is_added_read_and_found(cachedb: Run, tmp_path: Path) -> None:
     data = b"\x00binary\xff"
     file = tmp_path / "data"
@@ -147,6 +151,7 @@ def test_a_blob_is_added_read_and_found(cachedb: Run, tmp_path: Path) -> None:
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
 
 
+@pytest.mark.slow
 def test_a_tag_is_listed_and_removed_as_a_second_name(cachedb: Run, archive: Path) -> None:
     cachedb("import", archive)
     assert cachedb("tag", "app:1", "app:stable").returncode == 0
@@ -200,6 +205,7 @@ def test_exists_refuses_an_invalid_name_also_without_a_cache(cachedb: Run, direc
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_exists_exits_with_3_if_the_image_is_absent_or_incomplete(cachedb: Run, archive: Path, directory: Path) -> None:
     assert cachedb("exists", "app:1").returncode == 3
     assert cachedb("exists", ABSENT).returncode == 3
@@ -296,6 +302,7 @@ def test_help_imports_no_slow_modules() -> None:
     assert result.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_ls_imports_neither_alembic_nor_rich_nor_tarfile(directory: Path) -> None:
     Cache.open(directory).close()
     code = (
@@ -308,6 +315,7 @@ def test_ls_imports_neither_alembic_nor_rich_nor_tarfile(directory: Path) -> Non
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_the_pipe_early_is_no_error(cachedb: Run, archive: Path, directory: Path) -> None:
     cachedb("import", archive)
     command = (
@@ -333,6 +341,7 @@ main()
     assert (result.returncode, result.stderr) == (code, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_import_leaves_the_cache_as_it_was(
     directory: Path, archive: Path, number: signal.Signals, code: int
@@ -379,6 +388,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", path], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_an_import_and_changes_nothing(
     cachedb: Run, small_disk: Path, archive: Path, tmp_path: Path
 ) -> None:
@@ -410,6 +420,7 @@ def test_long_json_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Written.longest < len(written.getvalue()) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_an_interrupt_while_a_connection_closes_is_an_error_of_one_line(directory: Path) -> None:
     script = """

@@ -97,6 +97,7 @@ def test_an_alias_has_the_help_of_the_command_that_it_runs() -> None:
     assert run("history", "--help").replace("cachedb history", "cachedb show") == run("show", "--help")
 
 
+@pytest.mark.slow
 def test_save_without_a_file_writes_to_stdout(cachedb: Run, registry: Registry, tmp_path: Path) -> None:
     assert cachedb("save", "app:1", text=False).stdout == cachedb("export", "app:1", "-", text=False).stdout
     both = cachedb("save", "app:1", "other:1", text=False)

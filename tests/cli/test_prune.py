@@ -131,6 +131,7 @@ def test_a_dry_run_removes_nothing_and_prints_each_image_with_its_bytes(filled: 
     assert snapshot(filled.directory) == before
 
 
+@pytest.mark.slow
 def test_the_json_of_a_dry_run_and_a_plan_file_say_the_same(filled: Cache, cachedb: Run, tmp_path: Path) -> None:
     options = ("prune", "--unused-for", "0s")
     printed = json.loads(cachedb(*options, "--dry-run", "--format", "json").stdout)
@@ -150,6 +151,7 @@ def test_a_plan_on_stdout_can_be_applied_from_stdin(filled: Cache, cachedb: Run)
     assert list_names(filled) == []
 
 
+@pytest.mark.slow
 def test_an_applied_plan_removes_exactly_what_was_planned(filled: Cache, cachedb: Run, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     cachedb("prune", "--unused-for", "0s", "--plan", path)
@@ -165,6 +167,7 @@ def test_an_applied_plan_removes_exactly_what_was_planned(filled: Cache, cachedb
     assert found["images"] == []
 
 
+@pytest.mark.slow
 def test_prune_removes_what_the_policy_says_and_prints_one_line(filled: Cache, cachedb: Run) -> None:
     filled.set_policy(f'{JUST_USED}names = ["app:2"]\n[[remove]]\nnames = ["app:*"]\n'.replace("0s", "1h"))
     size = sum(files_of(filled.directory).values())
@@ -177,6 +180,7 @@ def test_prune_removes_what_the_policy_says_and_prints_one_line(filled: Cache, c
     assert cachedb("prune", "--unused-for", "0s", "--keep", "nothing", "-q").stdout == ""
 
 
+@pytest.mark.slow
 def test_prune_prints_the_names_or_the_json_of_what_it_removed(filled: Cache, cachedb: Run) -> None:
     assert cachedb("prune", "--unused-for", "0s", "--keep", "app:2", "-q").stdout == "app:1\n"
     found = json.loads(cachedb("prune", "--unused-for", "0s", "--format", "json").stdout)
@@ -207,6 +211,7 @@ def test_a_limit_that_cannot_be_met_is_exit_code_1_and_says_what_keeps_the_space
     assert list_names(filled) == ["app:1"]
 
 
+@pytest.mark.slow
 def test_a_prune_without_a_policy_removes_only_images_whose_lifetime_has_ended(cache: Cache, cachedb: Run) -> None:
     for name in ("app:1", "app:2", "app:3"):
         save(cache, name, image(1, 2))
@@ -225,6 +230,7 @@ def test_a_prune_without_a_policy_removes_only_images_whose_lifetime_has_ended(c
     assert "unpin images" in done.stderr
 
 
+@pytest.mark.slow
 def test_explain_says_what_keeps_an_image_or_would_remove_it(filled: Cache, cachedb: Run) -> None:
     explain = ("prune", "--unused-for", "0s", "--explain")
     assert cachedb(*explain, "app:1").stdout == "app:1 would be removed by remove 1\n"
@@ -236,6 +242,7 @@ def test_explain_says_what_keeps_an_image_or_would_remove_it(filled: Cache, cach
     assert list_names(filled) == ["app:1", "app:2"]
 
 
+@pytest.mark.slow
 def test_a_query_that_fails_is_an_error_in_its_line_of_the_policy(filled: Cache, cachedb: Run) -> None:
     (filled.directory / POLICY_FILE).write_text(f'{JUST_USED}[[remove]]\nsql = "SELECT nothing FROM image_usage"\n')
     for options in ("--dry-run", "--to-free=1B", "--explain=app:1"):
@@ -244,6 +251,7 @@ def test_a_query_that_fails_is_an_error_in_its_line_of_the_policy(filled: Cache,
         assert done.stderr.startswith("cachedb: policy.toml, line 4: sql: ")
 
 
+@pytest.mark.slow
 def test_an_empty_cache_and_a_cache_that_can_only_be_read_can_be_planned(cache: Cache, cachedb: Run) -> None:
     assert cachedb("prune", "--max-size", "1TB").stdout.startswith("pruned 0 images, 0 B; ")
     save(cache, "app:1", image(1))
@@ -257,6 +265,7 @@ def test_an_empty_cache_and_a_cache_that_can_only_be_read_can_be_planned(cache: 
     assert "can only be read" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_prune_of_a_read_only_file_system_fails_in_one_line_and_changes_nothing(
     filled: Cache, cachedb: Run, tmp_path: Path
 ) -> None:
@@ -308,6 +317,7 @@ def test_a_prune_says_that_images_used_a_moment_ago_stay(
     assert "app:2" in cachedb("ls").stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_recent_images_that_no_rule_removes_or_to_programs(
     partly_recent: Cache, cachedb: Run
 ) -> None:

@@ -27,6 +27,7 @@ def run(cache: Cache, line: str, redirections: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["import -", "import - name:1", "blob add -", "sql -", "sql --file -"])
 def test_a_closed_stdin_is_a_usage_error(filled: Cache, line: str) -> None:
     done = run(filled, line, "<&-")
@@ -43,6 +44,7 @@ def test_content_is_not_written_to_a_closed_stdout(filled: Cache, line: str) -> 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["ls", "manifest app:1", "export app:1 -", "sql 'SELECT 1'", "--help", "stats"])
 def test_a_full_stdout_is_an_error_of_one_line(filled: Cache, line: str) -> None:
     done = run(filled, line, ">/dev/full")
@@ -63,6 +65,7 @@ def test_the_exit_code_is_right_if_stderr_cannot_be_written(
     assert run(filled, line, redirections).returncode == code
 
 
+@pytest.mark.slow
 def test_no_file_of_the_cache_takes_the_place_of_a_standard_stream(filled: Cache, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "other.tar", make.oci_files({"other:1": make.image(2)}))
     code = f"""
@@ -85,6 +88,7 @@ cli.main()
     assert filled.is_image_complete("other:1")
 
 
+@pytest.mark.slow
 def test_content_is_not_read_from_a_terminal(filled: Cache) -> None:
     ours, theirs = os.openpty()
     try:

@@ -103,6 +103,7 @@ def test_a_collection_and_a_removal_keep_the_same_blobs(tmp_path: Path) -> None:
     assert digest_of(image(3).layers[0]) in left[0]
 
 
+@pytest.mark.slow
 def test_blobs_leased_by_a_live_process_are_kept_until_it_dies(cache: Cache) -> None:
     digest = digest_of(b"data")
     with running(LIVING, cache.directory) as process:
@@ -183,6 +184,7 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
     assert at_commit == [[0, 1], [0, 0]]
 
 
+@pytest.mark.slow
 def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +319,7 @@ def test_many_blobs_are_collected_in_batches(cache: Cache, monkeypatch: pytest.M
     assert files_of(cache.directory).keys() == image(1).blobs.keys()
 
 
+@pytest.mark.slow
 def test_concurrent_imports_removals_and_collections_leave_nothing(cache: Cache, tmp_path: Path) -> None:
     source = write(tmp_path / "app.tar", oci_files({"app:1": image(1, 2)}))
     stop = threading.Event()

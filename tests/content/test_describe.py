@@ -413,6 +413,7 @@ def test_an_attached_config_describes_the_image_now_and_when_it_is_saved_again(c
     assert read_description(cache, "app:1") == found
 
 
+@pytest.mark.slow
 def test_reading_a_description_does_not_import_alembic(cache: Cache) -> None:
     save(cache, "app:1", image(1))
     output = run_python(

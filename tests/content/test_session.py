@@ -90,6 +90,7 @@ def test_the_next_open_removes_a_dead_session_and_keeps_a_live_one(directory: Pa
             assert cache.collect_garbage().blobs == 1
 
 
+@pytest.mark.slow
 def test_a_collection_removes_dead_sessions(cache: Cache) -> None:
     with running(LIVING, cache.directory) as process:
         assert cache.collect_garbage().blobs == 0
@@ -254,6 +255,7 @@ def test_threads_of_one_cache_share_its_session(cache: Cache) -> None:
     assert len(set(found)) == 1
 
 
+@pytest.mark.slow
 def test_a_childs_exit_keeps_the_session_and_the_holds_of_its_parent(directory: Path) -> None:
     output = run_python(
         """
@@ -284,6 +286,7 @@ def test_a_childs_exit_keeps_the_session_and_the_holds_of_its_parent(directory: 
     assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
 
+@pytest.mark.slow
 def test_a_child_that_leaves_a_hold_keeps_its_parents_leases(directory: Path) -> None:
     output = run_python(
         """
@@ -310,6 +313,7 @@ def test_a_child_that_leaves_a_hold_keeps_its_parents_leases(directory: Path) ->
     assert output == "done\n"
 
 
+@pytest.mark.slow
 def test_a_session_ends_with_its_process_though_a_child_lives(directory: Path) -> None:
     script = """
         import os, sys, time

@@ -89,6 +89,7 @@ def has_unnamed_files(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_where_files_need_no_name(filled: Cache, folder: Path) -> None:
     if not has_unnamed_files(folder):
         pytest.skip("needs a file system with O_TMPFILE")
@@ -98,6 +99,7 @@ def test_a_killed_export_leaves_nothing_where_files_need_no_name(filled: Cache, 
     assert os.listdir(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["docker", "oci-dir"])
 def test_an_export_removes_files_of_killed_exports_and_keeps_those_of_live_ones(
     filled: Cache, folder: Path, form: Format
@@ -120,6 +122,7 @@ def test_an_export_removes_files_of_killed_exports_and_keeps_those_of_live_ones(
     assert list(folder.rglob("*.part")) == []
 
 
+@pytest.mark.slow
 def test_exporting_a_layout_keeps_the_file_of_a_live_export_inside_it(filled: Cache, folder: Path) -> None:
     filled.export("app:1", folder / "layout", format="oci-dir")
     with start_export(filled, folder / "layout" / "out.tar", "docker", named=True) as process:
@@ -220,6 +223,7 @@ def test_the_umask_sets_the_mode_of_a_file(folder: Path) -> None:
     assert (folder / "file").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.slow
 def test_a_report_removes_files_of_killed_reports(filled: Cache, folder: Path, cachedb: Run) -> None:
     part_path(folder).touch()
     (folder / "page.html").touch(mode=0o600)
@@ -230,6 +234,7 @@ def test_a_report_removes_files_of_killed_reports(filled: Cache, folder: Path, c
     assert "app" in (folder / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_next_backup_removes_what_a_killed_backup_left_in_another_folder(filled: Cache, folder: Path) -> None:
     script = """
         import sys

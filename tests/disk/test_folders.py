@@ -304,6 +304,7 @@ def test_a_cache_of_an_older_release_gets_a_marker_at_its_next_open(cachedb: Run
     assert (directory / "cachedb.json").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_without_marker_and_index_is_recognized_by_a_backup(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
@@ -387,6 +388,7 @@ def test_threads_that_make_one_cache_agree_on_its_id(directory: Path) -> None:
 # Foreign files in the folders of a cache
 
 
+@pytest.mark.slow
 def test_foreign_files_are_kept_and_verify_names_them(cachedb: Run, directory: Path) -> None:
     strange = [
         "ingest/notes.txt",

@@ -234,6 +234,7 @@ def test_a_fork_does_not_wait_for_another_process(directory: Path, other: Path, 
     run(directory, other, work, prepare, release, fork)
 
 
+@pytest.mark.slow
 def test_a_fork_interrupts_a_long_query_which_then_runs_again(directory: Path, other: Path) -> None:
     prepare = """
     query._human = lambda _: stopped.set() or (None if resume.is_set() else "")

@@ -267,6 +267,7 @@ def test_a_limit_on_file_size_is_named_and_nothing_is_deleted(
     check(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, 0, 4096])
 def test_a_limit_on_file_size_leaves_the_reserve_unchanged(directory: Path, partial: Path, before: int | None) -> None:
     reserve = directory / "reserve"
@@ -277,6 +278,7 @@ def test_a_limit_on_file_size_leaves_the_reserve_unchanged(directory: Path, part
     assert (reserve.stat().st_size if reserve.exists() else 0) == (before or 0)
 
 
+@pytest.mark.slow
 def test_an_index_that_outgrows_the_limit_is_not_reported_as_a_full_disk(directory: Path, cache: Cache) -> None:
     output = run_python(
         """

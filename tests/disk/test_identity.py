@@ -176,6 +176,7 @@ def interrupted(cache: Cache, cachedb: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backups, "replace", replace)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interrupted")
 def test_a_restore_that_lost_the_lock_loses_no_write(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
     save(cache, "app:1", APP)
@@ -280,6 +281,7 @@ def test_no_second_connection_shares_removed_files_with_the_first(cache: Cache, 
             cache.has_blob(APP.digest)
 
 
+@pytest.mark.slow
 def test_commits_of_a_removed_wal_are_saved_while_another_process_reads(
     cache: Cache, directory: Path, cachedb: Run
 ) -> None:
@@ -329,6 +331,7 @@ def test_an_index_that_another_program_replaces_is_not_used(
     assert (cache.directory / "index.db").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)

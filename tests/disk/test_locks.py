@@ -157,6 +157,7 @@ def test_a_child_releases_only_its_own_locks(tmp_path: Path) -> None:
     assert output == "done\n"
 
 
+@pytest.mark.slow
 def test_a_fork_waits_for_begun_blocks_and_new_blocks_wait_for_the_fork(tmp_path: Path) -> None:
     output = run_python(
         """
@@ -249,6 +250,7 @@ def test_a_thread_that_a_fork_waits_for_may_log_and_use_a_pool() -> None:
     assert run_python(script) == "[1] [0]\n"
 
 
+@pytest.mark.slow
 def test_threads_that_lock_and_threads_that_fork_do_not_deadlock(tmp_path: Path) -> None:
     script = """
         import os, sys, threading
@@ -367,6 +369,7 @@ def turn(folder: Path) -> Iterator[turns.Turn]:
         yield held
 
 
+@pytest.mark.slow
 def test_processes_get_a_lock_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         first, *_ = [queue.ask(name) for name in "abcdefgh"]

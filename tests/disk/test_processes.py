@@ -82,6 +82,7 @@ def test_a_copied_or_pickled_cache_has_its_own_session(cache: Cache) -> None:
         assert not cache.has_blob(theirs), "it survived its session"
 
 
+@pytest.mark.slow
 def test_a_killed_child_breaks_no_promise(cache: Cache) -> None:
     process = multiprocessing.get_context("spawn").Process(target=store_and_wait, args=(cache,))
     process.start()
@@ -94,6 +95,7 @@ def test_a_killed_child_breaks_no_promise(cache: Cache) -> None:
     check(cache.directory)
 
 
+@pytest.mark.slow
 def test_threads_do_mixed_work_on_one_cache(cache: Cache, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "new.tar", make.oci_files({"new:1": make.image(50)}))
     save(cache, "kept:1", make.image(51))

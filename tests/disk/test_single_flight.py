@@ -97,6 +97,7 @@ def test_one_of_many_processes_produces_the_image_and_all_get_it(directory: Path
     check(directory)
 
 
+@pytest.mark.slow
 def test_the_next_one_takes_over_if_the_producer_is_killed(cache: Cache) -> None:
     with running(PRODUCER, cache.directory) as producer:
         got = start_waiting(cache)
@@ -106,6 +107,7 @@ def test_the_next_one_takes_over_if_the_producer_is_killed(cache: Cache) -> None
     assert wait_until(lambda: list_claims(cache.directory) == [])
 
 
+@pytest.mark.slow
 def test_the_next_open_removes_the_claim_of_a_killed_producer_only(directory: Path) -> None:
     with running(PRODUCER, directory) as producer:
         Cache.open(directory).close()
@@ -117,6 +119,7 @@ def test_the_next_open_removes_the_claim_of_a_killed_producer_only(directory: Pa
         assert list_claims(directory) == []
 
 
+@pytest.mark.slow
 def test_a_waiter_gets_the_image_when_the_producer_is_done(cache: Cache) -> None:
     with running(PRODUCER, cache.directory) as producer:
         got = start_waiting(cache)
@@ -200,6 +203,7 @@ def test_a_thread_cannot_wait_for_itself_and_names_do_not_wait_for_each_other(ca
         assert image is None
 
 
+@pytest.mark.slow
 def test_a_child_forked_in_the_block_neither_releases_nor_keeps_the_claim(directory: Path) -> None:
     output = run_python(
         """
@@ -283,6 +287,7 @@ def test_the_next_one_takes_over_if_produce_is_killed_in_its_command(directory: 
     check(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Signals, code: int) -> None:
     line = [sys.executable, "-m", "cachedb", "--dir", str(directory), "produce", "app:1", sys.executable, "-c", SLEEP]

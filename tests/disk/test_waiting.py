@@ -57,6 +57,7 @@ def leave_behind(directory: Path) -> None:
     (folder / f"1.sha256-{'0' * 64}").touch()
 
 
+@pytest.mark.slow
 def test_a_write_gives_up_after_its_time_and_names_the_lock_holder(full: Path) -> None:
     with running(WRITER, full) as holder, Cache.open(full, wait=0.2) as cache:
         os.kill(holder.pid, signal.SIGSTOP)
@@ -78,6 +79,7 @@ def test_a_wait_ends_after_its_time() -> None:
         nap_ten_times()
 
 
+@pytest.mark.slow
 def test_an_open_that_only_reads_does_not_wait_for_a_writer_to_clean_up(full: Path) -> None:
     with running(WRITER, full):
         leave_behind(full)

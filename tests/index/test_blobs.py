@@ -56,6 +56,7 @@ def test_a_digest_of_fewer_digits_is_invalid_and_an_unknown_one_is_not_in_the_ca
         filled.add_hold("0" * 12)
 
 
+@pytest.mark.slow
 def test_an_ambiguous_digest_is_refused_with_some_candidates(cachedb: Run, filled: Cache) -> None:
     others = [LAYER[:30] + digit * (len(LAYER) - 30) for digit in "0123456789" if digit != LAYER[30]]
     for other in others:
@@ -111,6 +112,7 @@ def test_a_short_digest_in_a_name_must_be_unique_in_its_repository(filled: Cache
         filled.get_image(f"app@{MADE.digest[:19]}")
 
 
+@pytest.mark.slow
 def test_show_prints_any_blob_and_the_images_that_have_it(cachedb: Run, filled: Cache) -> None:
     filled.tag("app:1", "copy:1")
     uses = [BlobUse(Name.parse(name), "layer", OCI_LAYER, 2) for name in ("app:1", "copy:1")]
@@ -128,6 +130,7 @@ def test_show_prints_any_blob_and_the_images_that_have_it(cachedb: Run, filled: 
     assert filled.get_blob_details(LAYER).held
 
 
+@pytest.mark.slow
 def test_show_prints_a_blob_that_an_image_lacks_and_one_without_images(cachedb: Run, cache: Cache) -> None:
     cache.save_manifest("lacking:1", MADE.manifest)
     alone = cache.add_blob(b"alone")

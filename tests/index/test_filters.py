@@ -56,6 +56,7 @@ def test_a_name_or_pattern_that_matches_nothing_is_an_error_unless_it_may_be_mis
     assert cache.list_holds() == []
 
 
+@pytest.mark.slow
 def test_too_many_patterns_are_refused_before_sqlite_fails(cache: Cache) -> None:
     fill(cache)
     assert cache.list_names(*["app:*"] * 500) == ["app:1", "app:2"]
@@ -316,6 +317,7 @@ def test_the_usage_of_some_images_counts_each_blob_once(cache: Cache) -> None:
 # Commands
 
 
+@pytest.mark.slow
 def test_commands_with_patterns_exit_as_documented(cachedb: Run, cache: Cache) -> None:
     fill(cache)
     assert cachedb("ls", "-q", "team/*", "app:2").stdout.split() == ["app:2", *NAMES[3:]]

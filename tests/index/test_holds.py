@@ -50,6 +50,7 @@ def list_hold_ids(directory: Path) -> set[str]:
     return {row[0] for row in rows}
 
 
+@pytest.mark.slow
 def test_held_blobs_outlive_their_image_and_process_until_released(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", MADE)
@@ -209,6 +210,7 @@ def test_more_holds_than_a_statement_has_variables_can_be_deleted(
         assert cache.release_hold("app:2") == 1200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("year", [1970, datetime.now(UTC).year - 1])
 def test_a_clock_that_jumps_back_makes_holds_longer_and_breaks_nothing(
     cache: Cache, directory: Path, tmp_path: Path, set_clock: SetClock, cachedb: Run, year: int
@@ -260,6 +262,7 @@ def read_all(directory: Path, query: str) -> list[tuple[object, ...]]:
 # The command line
 
 
+@pytest.mark.slow
 def test_the_commands_hold_holds_and_release(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", MADE)
@@ -283,6 +286,7 @@ def test_the_commands_hold_holds_and_release(cachedb: Run, directory: Path) -> N
     assert cachedb("gc").stdout.startswith("freed 4 blobs")
 
 
+@pytest.mark.slow
 def test_a_hold_without_an_end_is_printed_as_ending_when_released(cachedb: Run, cache: Cache) -> None:
     save(cache, "app:1", MADE)
     assert cachedb("hold", "app:1").stdout.splitlines()[1].endswith("just now  when released")

@@ -140,6 +140,7 @@ def test_a_pin_of_a_digest_does_not_pin_a_tag(cache: Cache) -> None:
 # The schema
 
 
+@pytest.mark.slow
 def test_an_upgrade_adds_pins_and_lifetimes_and_a_downgrade_keeps_the_images(tmp_path: Path) -> None:
     directory = unpack_frozen_cache("0006", tmp_path / "cache")
     upgrade.upgrade(directory)

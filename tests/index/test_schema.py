@@ -197,6 +197,7 @@ def test_an_open_cache_is_not_written_to_after_an_upgrade(cache: Cache, director
     change_index(directory, f"UPDATE alembic_version SET version_num = '{REVISION}'")
 
 
+@pytest.mark.slow
 def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     Cache.open(directory).close()
     assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
@@ -222,6 +223,7 @@ def test_an_older_schema_is_upgraded_if_the_environment_asks_for_it(
     assert list_tables(directory) == TABLES
 
 
+@pytest.mark.slow
 def test_an_index_without_a_schema_is_damaged(directory: Path) -> None:
     Cache.open(directory).close()
     assert alembic("downgrade", "base", CACHEDB_DIR=str(directory)).returncode == 0
@@ -264,6 +266,7 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
     assert definitions(cache.directory / "index.db") == definitions(other.path)
 
 
+@pytest.mark.slow
 def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
     with closing(Database(directory)) as database:
         upgrade_module.prepare(database)

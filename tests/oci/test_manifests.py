@@ -287,6 +287,7 @@ documents = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(document=documents | values, declared=st.none() | st.sampled_from(KINDS))
 def test_any_document_is_parsed_or_refused(document: object, declared: str | None) -> None:

@@ -84,6 +84,7 @@ pieces = st.sampled_from([*_ODD, *_WORDS, "@" + SHA256, "@" + SHA512, "@md5:0"])
 texts = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=20) | st.text("aA0._-/:@[]", max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(text=texts)
 @example("a:" + "t" * 128)
@@ -197,6 +198,7 @@ def test_any_value_is_quoted_on_one_short_line(value: object) -> None:
     assert len(shorten(value)) < 150
 
 
+@pytest.mark.slow
 def test_a_deeply_nested_value_is_quoted() -> None:
     value: list[object] = []
     for _ in range(100_000):

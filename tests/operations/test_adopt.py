@@ -635,6 +635,7 @@ def test_intact_files_are_adopted_whatever_other_files_are_damaged(tmp_path: Pat
 # The command line
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_the_command_prints_what_was_left_out_and_exits_with_1(cachedb: Run, old: Path) -> None:
     done = cachedb("adopt", old)
@@ -670,6 +671,7 @@ def test_link_and_move_exclude_each_other(cachedb: Run, old: Path) -> None:
     assert cachedb("adopt", old / "nowhere").returncode == 1
 
 
+@pytest.mark.slow
 def test_an_image_written_by_skopeo_keeps_its_digest(
     cachedb: Run, peer: Callable[[str], str], tmp_path: Path, directory: Path
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_copy_is_one_snapshot_while_others_write_and_collect(cache: Cache, tmp
     check(cache.directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("step", ["copy_snapshot", "_copy_blobs"])
 def test_an_image_that_is_removed_during_the_copy_is_in_it(
@@ -539,6 +540,7 @@ def test_progress_ends_at_all_bytes(cache: Cache, target: Path) -> None:
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_summary(cachedb: Run, cache: Cache, tmp_path: Path, target: Path) -> None:
     save(cache, "app:1", image(1))
     done = cachedb("copy", target)

@@ -133,6 +133,7 @@ def test_credentials_are_sent_to_a_registry_that_asks_for_them(cache: Cache) -> 
             cache.get_remote_digest(name)
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_the_registry_has(cachedb: Run, remote: Registry) -> None:
     name = f"{remote.host}/app:several"
     assert cachedb("digest", name).stdout == f"{make.digest_of(make.index(IMAGE, ARM))}\n"
@@ -170,6 +171,7 @@ def test_a_plan_counts_what_a_pull_would_download(directory: Path, remote: Regis
         assert (several.blobs, several.up_to_date) == (2, False)
 
 
+@pytest.mark.slow
 def test_one_name_that_fails_stops_no_other(cachedb: Run, directory: Path, remote: Registry, tmp_path: Path) -> None:
     names = [f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:several", "Not:a:name"]
     file = tmp_path / "names.txt"
@@ -194,6 +196,7 @@ def test_a_dry_run_reports_all_names(cachedb: Run, remote: Registry) -> None:
     assert done.stderr.startswith(f"cachedb: {remote.host}/app:absent: ")
 
 
+@pytest.mark.slow
 def test_a_dry_run_stores_nothing(cachedb: Run, directory: Path, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
     (plan,) = json.loads(cachedb("pull", "--dry-run", "--format", "json", name).stdout)
@@ -204,6 +207,7 @@ def test_a_dry_run_stores_nothing(cachedb: Run, directory: Path, remote: Registr
         assert cache.list_blobs() == []
 
 
+@pytest.mark.slow
 def test_images_are_pulled_at_once(cachedb: Run, remote: Registry) -> None:
     together = threading.Barrier(2, timeout=60)
 

@@ -16,6 +16,7 @@ from tests.support.pruning import names_of, write_rows
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "15"))
 
 
+@pytest.mark.slow
 @settings(max_examples=4 * EXAMPLES)
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=12),

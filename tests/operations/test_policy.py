@@ -165,6 +165,7 @@ PERCENTAGES = st.integers(1, 100).map(lambda percent: percent / 100)
 LIMITS = st.builds(Limits, st.integers(0, 10**15 - 1), st.integers(0, 10**15 - 1) | PERCENTAGES, PERCENTAGES)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.builds(Policy, LIMITS, st.lists(KEEPS, max_size=2).map(tuple), st.lists(REMOVES, max_size=2).map(tuple)))
 def test_a_formatted_policy_means_the_same(given_policy: Policy) -> None:

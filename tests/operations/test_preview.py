@@ -57,6 +57,7 @@ def read_files(directory: Path) -> dict[str, bytes]:
 # SQL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_the_sql_makes_the_schema_that_the_migrations_make(revision: str, tmp_path: Path) -> None:
     migrated = unpack_frozen_cache(revision, tmp_path / "migrated")
@@ -145,6 +146,7 @@ def test_sql_and_a_dry_run_exclude_each_other(cachedb: Run, old: Path) -> None:
 # Revisions
 
 
+@pytest.mark.slow
 def test_steps_count_from_the_current_or_a_named_revision(old: Path) -> None:
     assert upgrade.upgrade(old, "+2").after == REVISIONS[2]
     assert upgrade.downgrade(old, "-1").after == REVISIONS[1]
@@ -178,6 +180,7 @@ def test_a_downgrade_to_base_keeps_the_index(cachedb: Run, new: Path) -> None:
 # Exit codes, history
 
 
+@pytest.mark.slow
 def test_scripts_can_test_whether_an_upgrade_is_needed(cachedb: Run, old: Path, directory: Path) -> None:
     def check(where: Path) -> int:
         return cachedb("--dir", where, "db", "current", "--check").returncode

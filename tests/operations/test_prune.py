@@ -30,6 +30,7 @@ EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "15"))
 # What is freed
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(
     IMAGES,
@@ -285,6 +286,7 @@ def test_other_images_go_if_planned_ones_are_used_and_the_limit_would_be_missed(
     assert seen[-1] == (done.freed_size, done.freed_size)
 
 
+@pytest.mark.slow
 def test_another_plan_measures_a_size_limit_anew(cache: Cache, count_plans: CountPlans) -> None:
     save_old(cache, *(f"app:{number}" for number in range(1, 20)))
     limits = Limits(max_size=cache.get_usage().used_size - 1)

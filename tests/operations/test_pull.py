@@ -316,6 +316,7 @@ def test_the_error_of_a_platform_that_is_not_stored_says_to_pull_it(cache: Cache
         cache.push(several, platform="linux/s390x")
 
 
+@pytest.mark.slow
 def test_an_export_lists_only_the_stored_platforms(cache: Cache, several: str, tmp_path: Path) -> None:
     cache.pull(several)
     cache.export(several, tmp_path / "layout", format="oci-dir")
@@ -470,6 +471,7 @@ def test_a_layer_that_a_killed_pull_had_downloaded_is_not_downloaded_again(direc
     check(directory)
 
 
+@pytest.mark.slow
 def test_a_partial_download_that_is_a_link_to_a_blob_is_not_written_to(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/large:1")
     data = LARGE.layers[0]
@@ -654,6 +656,7 @@ def test_a_user_who_is_not_root_stores_a_complete_partial_download(remote: Regis
 # Concurrent pulls
 
 
+@pytest.mark.slow
 def test_downloaded_blobs_are_not_collected_before_their_image_is_saved(
     cache: Cache, remote: Registry, directory: Path
 ) -> None:
@@ -677,6 +680,7 @@ def test_processes_that_pull_one_image_download_it_once(directory: Path, remote:
         assert_is_stored(cache, name, LARGE)
 
 
+@pytest.mark.slow
 def test_a_layer_shared_by_two_concurrent_pulls_is_downloaded_once(directory: Path, remote: Registry) -> None:
     shared = make.digest_of(FIRST.layers[0])
     remote.fault(change_answer(delay=0.5), method="GET", path=shared)
@@ -976,6 +980,7 @@ def test_an_unavailable_mirror_is_asked_once_in_five_minutes(
         assert mirror.requests
 
 
+@pytest.mark.slow
 def test_a_mirror_that_hangs_is_waited_for_a_minute(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1156,6 +1161,7 @@ def test_an_image_that_skopeo_pushed_keeps_its_digest(cache: Cache, tmp_path: Pa
     assert cache.verify().problems == []
 
 
+@pytest.mark.slow
 def test_the_certificate_of_a_registry_is_verified(
     cache: Cache, tmp_path: Path, peer: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1210,6 +1216,7 @@ def test_connection_errors_are_printed_without_python_objects(
 # The command line
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_pull_prints_what_it_did(cachedb: Run, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
@@ -1233,6 +1240,7 @@ def test_pull_prints_what_it_did(cachedb: Run, remote: Registry) -> None:
     assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_images_pulled_before_a_failure_are_printed(cachedb: Run, remote: Registry) -> None:
     names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
@@ -1242,6 +1250,7 @@ def test_images_pulled_before_a_failure_are_printed(cachedb: Run, remote: Regist
     assert cachedb("pull", names[1]).stdout == ""
 
 
+@pytest.mark.slow
 def test_pull_warns_about_a_stale_image(cachedb: Run) -> None:
     with Registry() as remote:
         name = remote.add(FIRST, "app", "1")
@@ -1252,6 +1261,7 @@ def test_pull_warns_about_a_stale_image(cachedb: Run) -> None:
     assert "may be out of date" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_the_command_sends_each_request_once(directory: Path, remote: Registry, cachedb: Run) -> None:
     for tag, image in (("1", FIRST), ("2", SECOND), ("2", SECOND)):
@@ -1275,6 +1285,7 @@ def test_the_command_pulls_with_a_lifetime_but_a_dry_run_has_none(cachedb: Run, 
     assert "--dry-run excludes --if-missing, --allow-stale and --ttl" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_sends_no_request_for_a_complete_image_with_if_missing(cachedb: Run, remote: Registry) -> None:
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
     assert take_requests(remote)
@@ -1282,6 +1293,7 @@ def test_the_command_sends_no_request_for_a_complete_image_with_if_missing(cache
     assert take_requests(remote) == []
 
 
+@pytest.mark.slow
 def test_the_command_pulls_all_platforms_if_asked_for(cachedb: Run, several: str, directory: Path) -> None:
     assert cachedb("pull", "--all-platforms", several).returncode == 0
     with Cache.open(directory) as cache:
@@ -1350,6 +1362,7 @@ def interrupt(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, stderr.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["a host", "a helper"])
 @pytest.mark.usefixtures("cache")
 def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(

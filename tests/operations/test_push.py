@@ -173,6 +173,7 @@ def test_push_tags_pushes_all_tags_of_a_repository(cache: Cache, remote: Registr
         next(cache.push_tags("nothing"))
 
 
+@pytest.mark.slow
 def test_a_pattern_pushes_each_image_to_its_name_or_to_a_target_with_its_stars(
     cachedb: Run, cache: Cache, remote: Registry
 ) -> None:
@@ -253,6 +254,7 @@ def test_get_platforms_returns_all_platforms_and_which_are_complete(cache: Cache
 # Referrers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lists", [True, False], ids=["listed", "by-tag"])
 def test_referrers_are_pulled_and_pushed_with_their_image(
     cache: Cache, remote: Registry, directory: Path, lists: bool
@@ -634,6 +636,7 @@ def test_a_damaged_blob_is_not_pushed(cache: Cache, remote: Registry, data: byte
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_push_succeeds_after_a_killed_one(directory: Path, cache: Cache, remote: Registry) -> None:
     target = f"{remote.host}/large:1"
     code = (
@@ -666,6 +669,7 @@ def test_an_image_that_is_removed_during_its_push_is_pushed_completely(cache: Ca
 # The command line
 
 
+@pytest.mark.slow
 def test_push_prints_its_results(cachedb: Run, cache: Cache, remote: Registry) -> None:
     target = f"{remote.host}/team/app"
     (pushed,) = json.loads(cachedb("push", "--format", "json", "app:1", f"{target}:1").stdout)

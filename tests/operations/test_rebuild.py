@@ -116,6 +116,7 @@ def test_a_cache_that_lost_its_index_is_refused_with_advice(made: Path) -> None:
     assert not (made / "quarantine").exists()
 
 
+@pytest.mark.slow
 def test_without_backups_images_are_recovered_under_their_digests(made: Path) -> None:
     files = files_of(made)
     (made / "index.db").unlink()
@@ -148,6 +149,7 @@ def test_an_index_without_all_its_platforms_is_complete_if_those_that_are_here_a
         assert [child.complete for child in again.get_platforms(str(recovered.name))] == [not lost, False]
 
 
+@pytest.mark.slow
 def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(made: Path) -> None:
     with Cache.open(made) as cache:
         before = {image.name: (image.added_at, image.last_used_at) for image in cache.list_manifests()}
@@ -168,6 +170,7 @@ def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(ma
     check(made)
 
 
+@pytest.mark.slow
 def test_the_backup_with_the_highest_number_is_the_newest(made: Path) -> None:
     back_up(made, "1000000-newest.db")
     change_index(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
@@ -191,6 +194,7 @@ def test_unreadable_backups_are_skipped(made: Path, content: bytes) -> None:
     check(made)
 
 
+@pytest.mark.slow
 def test_names_are_restored_from_a_backup_of_an_older_schema(made: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(made, old)
@@ -208,6 +212,7 @@ def test_names_are_restored_from_a_backup_of_an_older_schema(made: Path, tmp_pat
     check(made)
 
 
+@pytest.mark.slow
 def test_a_name_in_the_backup_whose_manifest_is_missing_is_reported(made: Path) -> None:
     back_up(made, "000001-a.db")
     blob_path(made, Digest(IMAGES[NAMES[3]].digest)).unlink()
@@ -221,6 +226,7 @@ def test_a_name_in_the_backup_whose_manifest_is_missing_is_reported(made: Path) 
     check(made)
 
 
+@pytest.mark.slow
 def test_a_readable_index_is_preferred_to_the_backup(made: Path) -> None:
     """An image that was removed after the backup stays removed."""
     back_up(made, "000001-a.db")
@@ -272,6 +278,7 @@ def test_an_index_with_any_overwritten_page_is_rebuilt(made: Path, tmp_path: Pat
     assert restored or part == 3, "no name was restored, and only part 3 has the pages of the names"
 
 
+@pytest.mark.slow
 def test_an_index_with_random_overwritten_bytes_is_rebuilt(made: Path, tmp_path: Path) -> None:
     files, dice = files_of(made), random.Random(7)
     length = (made / "index.db").stat().st_size
@@ -354,6 +361,7 @@ def test_an_image_with_an_invalid_row_loses_at_most_its_name(made: Path, assignm
     check(made)
 
 
+@pytest.mark.slow
 def test_an_sqlite_index_that_differs_from_its_table_is_repaired(made: Path) -> None:
     shell = sqlite3.connect(made / "index.db")
     shell.execute("PRAGMA writable_schema = ON")
@@ -368,6 +376,7 @@ def test_an_sqlite_index_that_differs_from_its_table_is_repaired(made: Path) -> 
     check(made)
 
 
+@pytest.mark.slow
 def test_images_hidden_by_a_damaged_page_are_recovered(made: Path) -> None:
     """SQLite reads a page whose cell count was zeroed as empty, without an error."""
     files = files_of(made)
@@ -382,6 +391,7 @@ def test_images_hidden_by_a_damaged_page_are_recovered(made: Path) -> None:
     check(made)
 
 
+@pytest.mark.slow
 def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
     with Cache.open(made) as cache:
         cache.pin(NAMES[0])
@@ -398,6 +408,7 @@ def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
     check(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["image_blobs", "lasting_holds"])
 def test_rows_that_cannot_be_restored_are_reported(made: Path, table: str) -> None:
     change_index(made, f"DROP TABLE {table}")
@@ -443,6 +454,7 @@ def test_an_index_is_rebuilt_with_any_wal_of_a_killed_process(made: Path, how: s
     check(made)
 
 
+@pytest.mark.slow
 def test_the_old_wal_is_not_applied_to_the_new_index(made: Path) -> None:
     with start_python(KILLED, made) as process:
         assert process.wait(60) == -signal.SIGKILL
@@ -454,6 +466,7 @@ def test_the_old_wal_is_not_applied_to_the_new_index(made: Path) -> None:
     check(made)
 
 
+@pytest.mark.slow
 def test_old_indexes_and_wals_are_kept_and_never_overwritten(made: Path) -> None:
     kept: set[bytes] = set()
     for number in range(3):
@@ -472,6 +485,7 @@ def test_old_indexes_and_wals_are_kept_and_never_overwritten(made: Path) -> None
 # Other processes and threads
 
 
+@pytest.mark.slow
 def test_an_open_cache_continues_with_the_new_index(made: Path) -> None:
     with Cache.open(made) as other:
         other.save_manifest("before:1", image(5).manifest)
@@ -500,6 +514,7 @@ with Cache.open(sys.argv[1]) as cache:
 """
 
 
+@pytest.mark.slow
 def test_another_process_continues_with_the_new_index(made: Path) -> None:
     with start_python(READER, made) as process:
         assert process.stdin
@@ -554,6 +569,7 @@ def test_a_process_with_the_old_wal_does_not_affect_the_new_index(made: Path, da
     check(made)
 
 
+@pytest.mark.slow
 def test_closing_an_old_connection_keeps_the_new_wal(made: Path) -> None:
     old = sqlite3.connect(made / "index.db")
     assert old.execute("SELECT count(*) FROM images").fetchone() == (31,)
@@ -568,6 +584,7 @@ def test_closing_an_old_connection_keeps_the_new_wal(made: Path) -> None:
     check(made)
 
 
+@pytest.mark.slow
 def test_a_connection_to_the_old_index_is_not_used_again(made: Path) -> None:
     index = Database(made)
     with index.read() as connection:
@@ -581,6 +598,7 @@ def test_a_connection_to_the_old_index_is_not_used_again(made: Path) -> None:
     assert "written:1" in read_names(made)
 
 
+@pytest.mark.slow
 def test_several_threads_may_repair_at_once(made: Path) -> None:
     files = files_of(made)
     (made / "index.db").unlink()
@@ -602,6 +620,7 @@ def test_several_threads_may_repair_at_once(made: Path) -> None:
     check(made)
 
 
+@pytest.mark.slow
 def test_an_index_that_was_rebuilt_is_not_rebuilt_again(made: Path) -> None:
     change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)
@@ -681,6 +700,7 @@ def test_the_next_repair_finishes_one_that_crashed_at_any_step(
     assert number > 6
 
 
+@pytest.mark.slow
 def test_a_rebuild_continues_past_an_unreadable_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.operations.test_verify import fail_reading
 
@@ -793,6 +813,7 @@ def test_intact_blobs_and_images_survive_any_damage(
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_rebuilds_and_prints_recovered_names(cachedb: Run, made: Path) -> None:
     (made / "index.db").unlink()
     ran = cachedb("ls")
@@ -807,6 +828,7 @@ def test_the_command_rebuilds_and_prints_recovered_names(cachedb: Run, made: Pat
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_holds_survive_an_interrupted_rebuild(made: Path) -> None:
     with Cache.open(made) as cache:
         (hold,) = cache.add_hold(NAMES[0])
@@ -831,6 +853,7 @@ def test_an_index_of_a_newer_schema_is_not_rebuilt(made: Path) -> None:
     assert (made / "index.db").stat().st_ino == status.st_ino
 
 
+@pytest.mark.slow
 def test_a_damaged_index_is_rebuilt_though_a_folder_is_missing(made: Path) -> None:
     shutil.rmtree(made / "locks")
     (made / "index.db").write_bytes(b"garbage" * 1000)
@@ -838,6 +861,7 @@ def test_a_damaged_index_is_rebuilt_though_a_folder_is_missing(made: Path) -> No
     check(made)
 
 
+@pytest.mark.slow
 def test_an_invalid_time_is_damage(made: Path) -> None:
     change_index(made, "UPDATE images SET added_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
     with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="has the invalid time"):

@@ -450,6 +450,7 @@ def test_another_prune_is_not_waited_for(cache: Cache, logged: Callable[[], list
     assert names_of(cache) == ["new:1"]
 
 
+@pytest.mark.slow
 def test_a_prune_looks_again_for_images_that_came_meanwhile(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     save_old(cache, "old:1", OLD, days=2)
     save_old(cache, "old:2", OTHER, days=1)
@@ -598,6 +599,7 @@ def test_another_value_of_the_variable_is_refused(directory: Path, monkeypatch: 
         Cache.open(directory)
 
 
+@pytest.mark.slow
 def test_without_a_policy_nothing_of_a_prune_is_imported(directory: Path) -> None:
     output = run_python(
         """
@@ -612,6 +614,7 @@ def test_without_a_policy_nothing_of_a_prune_is_imported(directory: Path) -> Non
     assert output == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_forked_child_prunes_too(cache: Cache) -> None:
     save_old(cache, "old:1", OLD)
     limit(cache)
@@ -734,6 +737,7 @@ def test_files_other_than_blobs_count(cache: Cache) -> None:
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_a_line_for_an_automatic_prune(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
     save_old(cache, "old:1", OLD)
     limit(cache)

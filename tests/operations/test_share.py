@@ -262,6 +262,7 @@ def test_modes_do_not_depend_on_the_umask(cachedb: Run, directory: Path, umask: 
     assert {stat.S_IMODE(path.stat().st_mode) for path in (directory / "blobs").glob("*/*")} == {0o444}
 
 
+@pytest.mark.slow
 def test_init_creates_and_shares_a_cache(cachedb: Run, directory: Path) -> None:
     done = cachedb("init")
     assert (done.returncode, done.stdout) == (0, f"{directory} is a cache\n")

@@ -1005,6 +1005,7 @@ def test_a_writer_restores_wal_mode(directory: Path, at_once: bool) -> None:
     assert read_journal_mode(directory) == "wal"
 
 
+@pytest.mark.slow
 def test_a_writer_does_not_wait_forever_for_a_reader_without_wal_mode(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))

@@ -58,6 +58,7 @@ def filled(cache: Cache) -> Cache:
     return cache
 
 
+@pytest.mark.slow
 def test_removing_the_proposed_images_frees_what_the_page_says(filled: Cache) -> None:
     html = render(filled.directory)
     card = card_of(parse(html), "removal")
@@ -138,6 +139,7 @@ def test_duplicates_are_manifests_of_several_names() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_holds_of_the_page_are_those_that_last(filled: Cache) -> None:
     lasting = filled.list_holds()
     card = card_of(parse(render(filled.directory)), "holds")

@@ -352,6 +352,7 @@ def test_freed_by_accepts_patterns(cache: Cache) -> None:
     assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, 4)
 
 
+@pytest.mark.slow
 def test_values_are_assigned_in_the_order_of_the_parameters(cachedb: Run, cache: Cache) -> None:
     def run(*arguments: str) -> list[dict[str, object]]:
         done = cachedb("report", *arguments, "--format", "json")
@@ -400,6 +401,7 @@ def test_a_users_report_replaces_a_shipped_report_of_the_same_name(cache: Cache,
         run_report(cache, "mine", k="1")
 
 
+@pytest.mark.slow
 def test_a_report_may_have_a_byte_order_mark_crlf_and_leading_blank_lines(
     cachedb: Run, cache: Cache, tmp_path: Path
 ) -> None:
@@ -427,6 +429,7 @@ def test_an_unknown_report_raises_not_in_cache(name: str) -> None:
         named.load_report(name)
 
 
+@pytest.mark.slow
 def test_report_html_writes_a_page_about_the_whole_cache(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     assert cachedb("report", "--html", str(tmp_path / "page.html")).returncode == 0
     page = (tmp_path / "page.html").read_text()
@@ -439,6 +442,7 @@ def test_report_html_writes_a_page_about_the_whole_cache(cachedb: Run, cache: Ca
     assert cachedb("report", "--html", str(tmp_path / "x"), "--timeout", "1s").returncode == 2
 
 
+@pytest.mark.slow
 def test_reports_are_printed_in_every_format(cachedb: Run, cache: Cache) -> None:
     assert "largest-images      limit=20" in cachedb("report", "--list").stdout
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
@@ -456,6 +460,7 @@ def test_reports_are_printed_in_every_format(cachedb: Run, cache: Cache) -> None
     assert cachedb("report", "freed-by").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_page_is_written_to_a_fifo_without_replacing_it(cache: Cache, tmp_path: Path, cachedb: Run) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -466,6 +471,7 @@ def test_a_page_is_written_to_a_fifo_without_replacing_it(cache: Cache, tmp_path
     assert fifo.is_fifo()
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_leaves_the_existing_page_unchanged(
     cachedb: Run, cache: Cache, tmp_path: Path
 ) -> None:

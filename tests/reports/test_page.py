@@ -73,6 +73,7 @@ def test_the_treemap_has_each_stored_byte_once(made: str, directory: Path) -> No
     assert {name: first[name] for name in sizes} == sizes
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_views(made: str, directory: Path) -> None:
     shell = sqlite3.connect(directory / "index.db")
     figures = {
@@ -124,6 +125,7 @@ def test_the_savings_of_sharing_equal_those_of_df_and_layers_are_shown_separatel
     assert f'Without sharing, all layers would take <span title="{of_layers:,} bytes">' in html
 
 
+@pytest.mark.slow
 def test_text_from_images_is_escaped(made: str) -> None:
     root = parse(made)
     assert len(root.findall(".//script")) == 2
@@ -140,6 +142,7 @@ def test_text_from_images_is_escaped(made: str) -> None:
     assert any("<script>" in text_of(title) for title in root.findall(".//svg//title"))
 
 
+@pytest.mark.slow
 def test_hostile_names_are_escaped_everywhere(made: str, directory: Path) -> None:
     add_hostile_names(directory)
     html = render(directory)
@@ -189,6 +192,7 @@ def test_the_data_of_the_search_has_all_images(directory: Path, monkeypatch: pyt
     assert counts == list(images.values())
 
 
+@pytest.mark.slow
 def test_each_counter_says_how_many_images_its_search_finds(made: str, directory: Path) -> None:
     add_hostile_names(directory)
     html = render(directory)
@@ -294,6 +298,7 @@ def test_the_page_is_accessible(made: str) -> None:
     assert len(identifiers) == len(set(identifiers))
 
 
+@pytest.mark.slow
 def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(directory, 40)
     monkeypatch.setattr(image_table, "TABLE_ROWS", 5)

@@ -31,6 +31,7 @@ def test_one_namespace_is_no_group() -> None:
     assert choose_namespaces([f"team/app-{number}" for number in range(40)]) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repositories", [40, 200])
 def test_a_treemap_of_namespaces_has_each_stored_byte_once(directory: Path, repositories: int) -> None:
     fill(directory, 200, repositories=repositories)

@@ -70,6 +70,7 @@ def make_tile(sizes: object, kind: int = 0) -> Tile:
 NESTED = st.recursive(st.integers(1, 10**6), lambda inside: st.lists(inside, min_size=1, max_size=5), max_leaves=40)
 
 
+@pytest.mark.slow
 @given(st.lists(NESTED, min_size=1, max_size=6))
 def test_no_name_in_a_treemap_covers_another_one_or_leaves_its_tile(sizes: list[object]) -> None:
     tiles = [make_tile(size) for size in sizes]

@@ -10,6 +10,8 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from cachedb import Cache
 from cachedb.reports import usage
 from tests.conftest import Run
@@ -90,6 +92,7 @@ def test_used_blobs_are_counted_without_sorting(directory: Path) -> None:
     assert "USE TEMP B-TREE FOR GROUP BY" not in plan
 
 
+@pytest.mark.slow
 def test_df_and_a_plan_have_the_same_lines_for_files(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         fill(cache)
@@ -123,6 +126,7 @@ def test_df_and_a_plan_have_the_same_lines_for_files(cachedb: Run, directory: Pa
         assert plan["garbage_size"] == 600
 
 
+@pytest.mark.slow
 def test_df_prints_the_totals_and_with_v_the_images(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         fill(cache)

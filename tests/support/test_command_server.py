@@ -42,6 +42,7 @@ def archive(cachedb: Run, tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -68,6 +69,7 @@ def test_a_command_reads_stdin_and_writes_bytes(both: Run, archive: Path) -> Non
     assert b"oci-layout" in exported
 
 
+@pytest.mark.slow
 def test_a_command_has_the_given_folder_and_environment(both: Run, archive: Path) -> None:
     assert both("import", "-q", archive.name, cwd=archive.parent).returncode == 0
     assert both("import", "-q", archive.name, cwd="/").returncode == 1
@@ -75,6 +77,7 @@ def test_a_command_has_the_given_folder_and_environment(both: Run, archive: Path
     assert narrow != both("ls", "--help", text=True, env={**os.environ, "COLUMNS": "100"}).stdout
 
 
+@pytest.mark.slow
 def test_commands_run_at_the_same_time(command_server: CommandServer, archive: Path, directory: Path) -> None:
     arguments = ["--dir", str(directory), "ls", "-q"]
     with ThreadPoolExecutor(4) as pool:
@@ -82,6 +85,7 @@ def test_commands_run_at_the_same_time(command_server: CommandServer, archive: P
     assert [(one.returncode, one.stdout) for one in done] == [(0, "app:1\n")] * 8
 
 
+@pytest.mark.slow
 def test_a_command_that_takes_too_long_is_killed(command_server: CommandServer, archive: Path, directory: Path) -> None:
     holder = """
         import sys

@@ -34,6 +34,7 @@ def read(directory: Path) -> list[object]:
         return [*new_index.dump(connection), connection.execute("PRAGMA application_id").fetchone()]
 
 
+@pytest.mark.slow
 def test_a_copied_schema_equals_a_migrated_one(
     cachedb: Run, tmp_path: Path, directory: Path, migrate: Callable[[Path], None]
 ) -> None:

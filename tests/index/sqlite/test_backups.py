@@ -69,6 +69,7 @@ def test_a_second_backup_waits_for_the_first_and_both_are_complete(
         shell.close()
 
 
+@pytest.mark.slow
 def test_a_backup_leaves_no_descriptor_open(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backups, "_OPCODES", 10)
 
@@ -191,6 +192,7 @@ def test_the_wait_for_another_backup_ends_when_this_one_begins(cache: Cache, mon
     assert awaited == [set()]
 
 
+@pytest.mark.slow
 def test_no_folder_with_the_name_of_a_backup_blocks_a_backup(cache: Cache) -> None:
     save(cache, "app:1", make.image(1))
     names = (f".backup-{'0' * 32}", "000007-0005-before-0006.db", "000008-rebuilt.db", f"{'9' * 240}-0006.db")

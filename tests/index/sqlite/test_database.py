@@ -87,6 +87,7 @@ def test_a_write_waits_for_the_lock_file(index: Database) -> None:
     assert entered.is_set()
 
 
+@pytest.mark.slow
 def test_a_write_waits_for_a_program_that_ignores_the_lock_file(index: Database) -> None:
     entered = threading.Event()
 
@@ -120,6 +121,7 @@ def test_a_reader_takes_no_lock_and_sees_one_snapshot(index: Database) -> None:
         assert len(reader.execute(select(TRASH.c.digest)).all()) == 1
 
 
+@pytest.mark.slow
 def test_killing_a_writer_rolls_back_its_transaction_and_releases_its_lock(index: Database) -> None:
     script = """
         import sys, time
@@ -185,6 +187,7 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
     assert count_trash(index.directory) == 400
 
 
+@pytest.mark.slow
 def test_the_write_after_a_killed_writer_commits_before_its_block(index: Database) -> None:
     script = """
         import sys, time
@@ -357,6 +360,7 @@ def test_look_up_connections_are_closed_before_a_fork(index: Database) -> None:
     assert index.rows(DIGESTS, {}) == []
 
 
+@pytest.mark.slow
 def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
     output = run_python(
         """
@@ -448,6 +452,7 @@ def test_a_full_disk_is_reported_and_rolls_back_the_transaction(index: Database)
         connection.execute(insert(TRASH), [trash_row(b"later")])
 
 
+@pytest.mark.slow
 def test_opening_and_closing_a_cache_leaves_no_file_open(directory: Path, tmp_path: Path) -> None:
     def use() -> None:
         with Cache.open(directory) as cache:
@@ -502,6 +507,7 @@ def test_blobs_that_a_child_stores_survive_its_parents_close(directory: Path, en
     assert stored_rows(directory) == {digest_of(data): len(data) for data in wanted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transaction", ["read", "write", "write_schema"])
 def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, transaction: str) -> None:
     output = run_python(
@@ -699,6 +705,7 @@ def new(index: Database) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_index_cannot_be_opened_while_it_is_replaced_and_always_exists(
     index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -829,6 +836,7 @@ def test_a_link_or_pipe_beside_the_index_is_refused(directory: Path, tmp_path: P
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_a_deleted_working_directory_is_reported(tmp_path: Path) -> None:
     script = """
         import os, subprocess, sys

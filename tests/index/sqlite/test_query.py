@@ -211,6 +211,7 @@ def test_several_queries_and_wrong_parameters_are_refused(cache: Cache) -> None:
         run_query(cache, "SELECT abs(-9223372036854775808)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["count(*)", "x"], ids=["before-a-row", "between-rows"])
 def test_a_query_that_takes_too_long_is_stopped(cache: Cache, what: str) -> None:
     start = time.monotonic()
@@ -233,6 +234,7 @@ def test_sqlites_temporary_files_have_a_size_limit(
     assert run_query(cache, "SELECT count(*) FROM image_usage ORDER BY 1") == [(1,)]
 
 
+@pytest.mark.slow
 def test_the_file_of_a_result_has_a_size_limit(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_module, "_TEMPORARY_BYTES", 2**20)
     message = r"^the rows of the query take over 1\.05 MB: "
@@ -405,6 +407,7 @@ def test_a_query_has_a_limit_of_calls_of_functions(cache: Cache) -> None:
         run_query(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
 
 
+@pytest.mark.slow
 def test_a_loop_of_long_steps_is_stopped(cache: Cache) -> None:
     began = time.process_time()
     with (
@@ -509,6 +512,7 @@ def test_a_cell_of_markdown_contains_no_html_and_no_link(cachedb: Run, cache: Ca
     assert printed[2] == ("| &lt;img src=x onerror=alert(1)&gt; &amp; !\\[x\\](http://example.org/x) \\`code\\` |")
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql", "--format", "csv"]
     shown = run_on_terminal([*command, "SELECT 'a' || char(27) || '[2J' AS x"])
@@ -584,6 +588,7 @@ def test_a_query_that_runs_out_of_memory_fails_in_one_line(cachedb: Run, cache: 
     assert (failed.returncode, failed.stderr.count("\n"), "out of memory" in failed.stderr) == (1, 1, True)
 
 
+@pytest.mark.slow
 def test_a_query_is_read_from_a_file_or_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "query.sql").write_text("SELECT count(*) AS n FROM images")
     assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "n\n1\n"
@@ -634,6 +639,7 @@ def test_sql_without_a_query_lists_the_views_and_the_schema_is_valid_sql(cachedb
     shell.close()
 
 
+@pytest.mark.slow
 def test_schema_prints_the_columns_of_a_view(cachedb: Run, cache: Cache) -> None:
     printed = cachedb("sql", "--schema", "garbage").stdout.splitlines()
     assert [line.split()[:2] for line in printed] == [
@@ -753,6 +759,7 @@ def test_a_query_runs_at_idle_priority_once_the_cache_is_open(
         assert found["close"] == ("False", own)
 
 
+@pytest.mark.slow
 def test_a_query_is_nice_if_idle_priority_is_not_allowed(cache: Cache) -> None:
     refuse = "def refuse(*_): raise PermissionError\nos.sched_setscheduler = refuse"
     found = read_priorities(cache.directory, "sql", "SELECT 1", refuse=refuse)

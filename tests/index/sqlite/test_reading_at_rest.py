@@ -232,6 +232,7 @@ def check_reader(directory: Path, path: Path) -> None:
     assert (reader.returncode, output) == (0, f"{ROWS} {ROWS} {{1}}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_a_read_only_mount_is_read_in_one_snapshot(at_rest: Path, tmp_path: Path) -> None:
     mount = tmp_path / "mount"

@@ -854,6 +854,7 @@ def test_zstd_may_begin_with_a_skippable_frame(cache: Cache, kind: int) -> None:
     assert list_layers(cache, "app:1") == [(digest_of(files["layer.tar"]), f"{OCI_LAYER}+zstd")]
 
 
+@pytest.mark.slow
 def test_a_chain_of_very_many_links_is_refused_at_once(unchanged: Cache) -> None:
     links = [make_header(f"l{number}", 0, b"2", f"l{number + 1}") for number in range(10_000)]
     begin = time.process_time()
@@ -909,6 +910,7 @@ def test_a_header_of_gigabytes_is_refused_without_reading_it(unchanged: Cache, t
         assert "header of over 1 MiB" in import_refused(unchanged, tmp_path / "huge.tar")
 
 
+@pytest.mark.slow
 def test_thousands_of_chained_headers_are_handled_at_once(unchanged: Cache) -> None:
     begin = time.process_time()
     assert "neither" in import_refused(
@@ -965,6 +967,7 @@ def test_too_many_members_are_refused(unchanged: Cache, monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.slow
 def test_member_names_of_too_many_megabytes_are_refused(unchanged: Cache) -> None:
     name = "/".join(["x" * 200] * 20)
     member = make_header("@LongLink", len(name), b"L") + pad_block(name.encode()) + make_header("short")
@@ -1208,6 +1211,7 @@ def test_nothing_is_imported_if_one_image_is_damaged(unchanged: Cache) -> None:
     import_refused(unchanged, tar_file({**files, layer: make.layer(3)}), DigestMismatch)
 
 
+@pytest.mark.slow
 def test_a_gzip_bomb_is_checked_in_bounded_memory(unchanged: Cache) -> None:
     bomb = gzip.compress(bytes(100 * 1024 * 1024), 1)
     with peak_below(40):
@@ -1284,11 +1288,13 @@ def test_the_cap_on_unpacked_bytes_can_be_raised(cachedb: Run, monkeypatch: pyte
     assert "CACHEDB_MAX_UNPACKED is 'much': write a size such as" in cachedb("import", archive).stderr
 
 
+@pytest.mark.slow
 def test_a_small_image_of_zeros_is_imported(cachedb: Run, tmp_path: Path) -> None:
     archive = make.write_bytes(tmp_path / "zeros", gzip.compress(layer_bomb(gzip.compress)))
     assert cachedb("import", "-q", archive).stdout == "app:1\n"
 
 
+@pytest.mark.slow
 def test_unpacking_leaves_free_space_on_the_disk(
     unchanged: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1301,6 +1307,7 @@ def test_unpacking_leaves_free_space_on_the_disk(
     assert "the file system of the cache has only 5.24 MB left: free some space" in message
 
 
+@pytest.mark.slow
 def test_very_many_gzip_members_are_unpacked_in_linear_time() -> None:
     begin = time.process_time()
     unpack = compression_.Decompressor("gzip")
@@ -1567,6 +1574,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
         yield cache
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES * 2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=mutated(), named=st.booleans())
 def test_a_damaged_archive_is_imported_completely_or_refused_without_traces(
@@ -1583,6 +1591,7 @@ def test_a_damaged_archive_is_imported_completely_or_refused_without_traces(
         assert_verified(fuzzed)
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES * 5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=mutated())
 def test_reading_a_damaged_archive_raises_only_our_errors(

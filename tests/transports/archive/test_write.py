@@ -252,6 +252,7 @@ def test_an_image_is_exported_by_the_digest_that_a_tag_points_to(cache: Cache, t
     assert list_names(read_contents(tmp_path / "out")["index.json"]) == [f"app@{IMAGE.digest}"]
 
 
+@pytest.mark.slow
 def test_paths_of_over_a_hundred_characters_are_not_truncated(cache: Cache, tmp_path: Path) -> None:
     layer = make.layer(1)
     config = json.dumps(
@@ -280,6 +281,7 @@ def test_paths_of_over_a_hundred_characters_are_not_truncated(cache: Cache, tmp_
 # Destinations
 
 
+@pytest.mark.slow
 def test_an_export_can_go_to_stdout(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out")
@@ -293,6 +295,7 @@ def test_an_export_can_go_to_stdout(cachedb: Run, cache: Cache, tmp_path: Path) 
     assert (tmp_path / "redirected").read_bytes() == b"before" + piped.stdout
 
 
+@pytest.mark.slow
 def test_the_error_of_a_closed_pipe_is_at_most_one_line(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     import_image(cache, tmp_path, make.image(1, size=300_000))
     reading, writing = os.pipe()
@@ -408,6 +411,7 @@ def test_a_destination_may_have_the_longest_possible_name(cache: Cache, tmp_path
     assert (tmp_path / ("ü" * 127)).is_file()
 
 
+@pytest.mark.slow
 def test_an_export_can_go_to_a_device_or_a_fifo(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out")
@@ -624,6 +628,7 @@ def test_an_export_waits_longer_while_the_other_one_makes_progress(
     assert looks[0] > 200
 
 
+@pytest.mark.slow
 def test_an_export_into_a_layout_shows_its_progress(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -677,6 +682,7 @@ def test_an_export_that_cannot_show_its_progress_goes_on(
     assert list_names((tmp_path / "layout" / "index.json").read_bytes()) == ["app:1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_blob_that_is_cut_short_while_it_is_read_fails_the_export(cache: Cache, tmp_path: Path, form: Format) -> None:
     large = make.image(1, size=20 * 1024 * 1024)
@@ -1067,6 +1073,7 @@ def test_a_docker_archive_with_referrers_is_refused(cachedb: Run, signed: Cache,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_one_platform_is_exported_with_its_own_referrers(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     data = make.save_index(cache, "app:1", AMD, ARM)
     kind = "application/vnd.example.signature"
@@ -1114,6 +1121,7 @@ def test_a_replaced_index_takes_along_the_referrers_of_its_manifests(cache: Cach
     assert [entry["digest"] for entry in entries] == [AMD.digest]
 
 
+@pytest.mark.slow
 def test_an_attached_manifest_of_another_subject_is_no_referrer(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     make.save(cache, "app:1", IMAGE)
     make.attach(cache, "app:1", make.artifact("application/vnd.example.note", subject=AMD.manifest))
@@ -1381,6 +1389,7 @@ def test_several_images_replace_those_of_their_names_in_a_layout(cache: Cache, t
     assert found == {str(image.name): image.digest for image in cache.list_manifests()}
 
 
+@pytest.mark.slow
 def test_a_selection_of_no_image_writes_nothing(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     make.save(cache, "app:1", IMAGE)
     assert cache.export([], tmp_path / "none") == []

@@ -240,6 +240,7 @@ def test_a_token_server_cannot_redirect_from_https_to_http(
 # Given credentials
 
 
+@pytest.mark.slow
 def test_given_credentials_replace_the_files(cachedb: Run, guarded: Registry, tmp_path: Path) -> None:
     name, authfile = f"{guarded.host}/app:1", str(write_login(tmp_path, guarded, username="other", password="wrong"))
     good = f"--creds={USER}:{PASSWORD}"

@@ -418,6 +418,7 @@ def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(
     assert has_ended(int(pid.read_text()))
 
 
+@pytest.mark.slow
 def test_an_interrupt_kills_a_helper_that_has_just_started(
     home: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

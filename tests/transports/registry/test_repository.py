@@ -489,6 +489,7 @@ def test_a_fault_can_answer_before_the_body_is_read(registry: Registry) -> None:
     assert registry.requests[-1].size == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"delay": 0.1}, {"drip": 0.1 / len(LAYER)}])
 def test_a_fault_can_delay_or_slow_down_an_answer(registry: Registry, fields: dict[str, float]) -> None:
     registry.fault(faults.change_answer(**fields))

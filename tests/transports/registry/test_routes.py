@@ -217,6 +217,7 @@ def test_an_image_is_pulled_from_a_mirror_of_registries_conf(
     assert str(cache.pull("registry.test/app:1").image.name) == "registry.test/app:1"
 
 
+@pytest.mark.slow
 def test_tls_verify_takes_true_or_false(cachedb: Run, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
     assert cachedb("pull", "--tls-verify=false", "-q", name).stdout == f"{name}\n"

@@ -51,6 +51,7 @@ def serving(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
         theirs.close()
 
 
+@pytest.mark.slow
 def test_an_answer_is_waited_for_as_long_as_the_timeout_says(cache: Cache, remote: Registry) -> None:
     remote.fault(change_answer(delay=60), path="/manifests/", times=ALWAYS)
     message = f"^{remote.host} sent no answer in 0.2 seconds: wait longer with --timeout$"
@@ -59,6 +60,7 @@ def test_an_answer_is_waited_for_as_long_as_the_timeout_says(cache: Cache, remot
     assert remote.count() <= 1, "it is not asked again"
 
 
+@pytest.mark.slow
 def test_the_first_byte_may_take_longer_than_the_next_ones(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
