@@ -483,6 +483,8 @@ def test_a_file_of_another_user_with_the_name_of_an_unfinished_copy_is_not_empti
     target.mkdir()
     (target / UNFINISHED_INDEX).write_bytes(b"theirs")
     os.chown(target / UNFINISHED_INDEX, 65534, 65534)
+    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED_INDEX}'"):
+        cache.copy(target)
     monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
     with pytest.raises(NotACache, match="is not a file that a copy of yours made"):
         cache.copy(target)

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cachedb import Cache
-from cachedb.content import publish
+from cachedb.content import publish, session
 from cachedb.disk import writer
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -1470,16 +1470,18 @@ def test_a_file_name_that_is_too_long_in_a_layout_is_a_storage_error(unchanged: 
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link"])
-def test_a_file_put_in_the_place_of_the_spool_is_not_written_to(cache: Cache, tmp_path: Path, kind: str) -> None:
+def test_a_file_put_in_the_place_of_the_spool_is_not_written_to(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     precious = make.write_bytes(tmp_path / "precious", b"mine")
     archive = make.write_bytes(tmp_path / "it.tar.gz", gzip.compress(tar_of(tiny_oci())))
-    folder = cache._session.folder
-    for number in range(1, 20):
-        if kind == "hard link":
-            (folder / f"{number}").hardlink_to(precious)
-        else:
-            (folder / f"{number}").symlink_to(precious if kind == "link" else tmp_path / "new")
-    cache.cache_from_tar(archive, "app:1")
+    monkeypatch.setattr(session.secrets, "randbits", lambda _: 7)  # somebody guesses the name
+    if kind == "hard link":
+        (cache._session.folder / "7").hardlink_to(precious)
+    else:
+        (cache._session.folder / "7").symlink_to(precious if kind == "link" else tmp_path / "new")
+    with pytest.raises(StorageError, match="File exists"):
+        cache.cache_from_tar(archive, "app:1")
     assert precious.read_bytes() == b"mine"
     assert not (tmp_path / "new").exists()
 
