@@ -24,7 +24,7 @@ from cachedb.disk import forks, lock_holders, locks
 from cachedb.disk.durable import sync_folder
 from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder, is_shared
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
-from cachedb.disk.reserve import is_full
+from cachedb.disk.reserve import find_quota_user, is_full
 from cachedb.disk.waiting import Wait
 from cachedb.disk.writer import discard
 from cachedb.errors import CacheError, CacheReplaced, NotOurs, StorageError, explain, is_callers, os_errors
@@ -118,7 +118,8 @@ class Session:
                     try:
                         lock, opened = self._begin(name)
                     except StorageError as error:
-                        if not is_full(error) or not self._database.reserve.give_up_inodes():
+                        user = find_quota_user(error)
+                        if not is_full(error) or not self._database.reserve.give_up_inodes(user):
                             raise
                         lock, opened = self._begin(name)
                 self._id, self._lock, self._opened = name, lock, opened

@@ -103,15 +103,20 @@ def measure_fresh(path: Path) -> int:
     return 0
 
 
-def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:
-    """Remove partial downloads that no process has resumed for a day, or for ``age`` seconds.
+def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS, user: int | None = None) -> bool:
+    """Remove partial downloads that no process has resumed for a day.
+
+    Args:
+        folders: of the cache.
+        age: seconds without a change, instead of a day.
+        user: the id of the user whose files to remove; None for all users.
 
     Returns:
         Whether one was removed.
     """
     found = False
     with os_errors("clean up after a download"), suppress(FileNotFoundError), folders.open("ingest/partial") as partial:
-        for name, digest in _list_stale(partial, age):
+        for name, digest in _list_stale(partial, age, user):
             with (
                 suppress(FileNotFoundError),
                 single_flight.try_claim(folders.directory, claim_key(digest)) as has_claim,
@@ -142,11 +147,12 @@ def is_stale(name: str, status: os.stat_result, *, age: float = _STALE_SECONDS) 
     return partial_digest(name) is not None and stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime >= age
 
 
-def _list_stale(partial: int, age: float) -> Iterator[tuple[str, Digest]]:
-    """Yield the name and the digest of each partial download that is old enough."""
+def _list_stale(partial: int, age: float, user: int | None) -> Iterator[tuple[str, Digest]]:
+    """Yield the name and the digest of each partial download of a user, None for all, that is old enough."""
     for name in os.listdir(partial):
         with suppress(FileNotFoundError):
-            if is_stale(name, os.stat(name, dir_fd=partial, follow_symlinks=False), age=age):
+            status = os.stat(name, dir_fd=partial, follow_symlinks=False)
+            if is_stale(name, status, age=age) and user in (None, status.st_uid):
                 digest = partial_digest(name)
                 assert digest is not None
                 yield name, digest

@@ -14,7 +14,7 @@ from cachedb.disk import downloads
 from cachedb.disk.folders import Folders
 from cachedb.errors import CacheError, StorageError, ignore_os_errors
 
-__all__ = ["NO_ROOM_ERRNOS", "RESERVE_BYTES", "Reserve", "is_full"]
+__all__ = ["NO_ROOM_ERRNOS", "RESERVE_BYTES", "Reserve", "find_quota_user", "is_full"]
 
 T = TypeVar("T")
 
@@ -60,13 +60,16 @@ class Reserve:
         for number in range(1, _RESERVE_INODES + 1):
             os.close(folders.make_file(f"reserve.inodes/{number}"))
 
-    def give_up_inodes(self) -> bool:
-        """Unlink the reserved inodes; return whether the file system has room now."""
+    def give_up_inodes(self, user: int | None = None) -> bool:
+        """Unlink the reserved inodes; return whether the file system has room now.
+
+        Args:
+            user: whose files to unlink, as from `find_quota_user`.
+        """
         found = False
         with suppress(CacheError), ignore_os_errors(), self._open_folders().open("reserve.inodes") as folder:
             for number in range(_RESERVE_INODES, 0, -1):
-                with suppress(FileNotFoundError):
-                    os.unlink(str(number), dir_fd=folder)
+                if _unlink(str(number), folder, user):
                     found = self._gave_up = True
         # Another process may have given up the same inodes just now.
         return found or not space.find_shortage(self._directory, RESERVE_BYTES)
@@ -106,7 +109,8 @@ class Reserve:
         except StorageError as error:
             if not is_full(error):
                 raise
-            if self.give_up_inodes():
+            user = find_quota_user(error)
+            if self.give_up_inodes(user):
                 try:
                     return again() if again else work()
                 except StorageError as still:
@@ -114,10 +118,9 @@ class Reserve:
                         raise
             freed = False
             with suppress(CacheError), ignore_os_errors():
-                freed = downloads.remove_stale_downloads(self._open_folders(), age=0)
+                freed = downloads.remove_stale_downloads(self._open_folders(), age=0, user=user)
             with ignore_os_errors():
-                os.unlink("reserve", dir_fd=self._open_folders().root)
-                freed = True
+                freed = _unlink("reserve", self._open_folders().root, user) or freed
             if freed:
                 return (again or work)()
             raise
@@ -126,3 +129,20 @@ class Reserve:
 def is_full(error: StorageError) -> bool:
     """Return whether the file system has no space or no inode left, or the quota is used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def find_quota_user(error: StorageError) -> int | None:
+    """Return the id of the user whose quota is used up: to delete the files of others would free nothing of it.
+
+    None means that no quota is the reason, so the files of all users take the space.
+    """
+    return os.geteuid() if error.errno == errno.EDQUOT else None
+
+
+def _unlink(name: str, folder: int, user: int | None) -> bool:
+    """Unlink a file of a user, None for any; return whether it was there."""
+    with suppress(FileNotFoundError):
+        if user in (None, os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid):
+            os.unlink(name, dir_fd=folder)
+            return True
+    return False

@@ -19,7 +19,7 @@ from cachedb.content import publish, save
 from cachedb.content.session import Hold, Session
 from cachedb.disk import downloads, reader, single_flight
 from cachedb.disk.layout import partial_path
-from cachedb.disk.reserve import is_full
+from cachedb.disk.reserve import find_quota_user, is_full
 from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import Received
 from cachedb.errors import (
@@ -392,7 +392,7 @@ class _Pull:
         if isinstance(error, StorageError) and is_full(error):
             with suppress(CacheError), ignore_os_errors():
                 # Free space matters more than a later resume.
-                downloads.remove_stale_downloads(self._database.folders, age=0)
+                downloads.remove_stale_downloads(self._database.folders, age=0, user=find_quota_user(error))
 
     def _find_referrers(self, closure: list[Descriptor]) -> list[Descriptor]:
         """Return the blobs of the referrers (signatures, SBOMs) of a closure, and of their own referrers."""

@@ -222,6 +222,29 @@ def test_a_session_begins_with_the_reserved_inodes_or_leaves_nothing(full: Path)
 
 # Errors that are no full disk
 
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root to give a file to another user")
+@pytest.mark.parametrize(("number", "theirs_stay"), [(errno.EDQUOT, True), (errno.ENOSPC, False)])
+def test_a_users_full_quota_costs_no_file_of_another_user(cache: Cache, number: int, theirs_stay: bool) -> None:
+    save(cache, "app:1", MADE)
+    ours, theirs = (partial_path(cache.directory, Digest(digest)) for digest in (OTHER.digest, MADE.digest))
+    ours.parent.mkdir()
+    ours.write_bytes(b"begun")
+    theirs.write_bytes(b"begun")
+    other_files = [theirs, cache.directory / "reserve", cache.directory / "reserve.inodes" / "3"]
+    for path in other_files:
+        os.chown(path, 65534, 65534)
+
+    def fail() -> None:
+        raise StorageError("no room", errno=number)
+
+    assert cache._database.reserve.run(fail, again=lambda: "done") == "done"  # after the inodes
+    with pytest.raises(StorageError):
+        cache._database.reserve.run(fail)
+    assert not ours.exists()
+    assert [path.exists() for path in other_files] == [theirs_stay] * 3
+
+
 LIMITED = """
 import resource, runpy, sys
 size = int(sys.argv.pop(1))

@@ -10,6 +10,7 @@ import lzma
 import os
 import random
 import resource
+import secrets
 import shutil
 import socket
 import tarfile
@@ -26,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cachedb import Cache
-from cachedb.content import publish, session
+from cachedb.content import publish
 from cachedb.disk import writer
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -1475,7 +1476,7 @@ def test_a_file_put_in_the_place_of_the_spool_is_not_written_to(
 ) -> None:
     precious = make.write_bytes(tmp_path / "precious", b"mine")
     archive = make.write_bytes(tmp_path / "it.tar.gz", gzip.compress(tar_of(tiny_oci())))
-    monkeypatch.setattr(session.secrets, "randbits", lambda _: 7)  # somebody guesses the name
+    monkeypatch.setattr(secrets, "randbits", lambda _: 7)  # somebody guesses the name
     if kind == "hard link":
         (cache._session.folder / "7").hardlink_to(precious)
     else:
