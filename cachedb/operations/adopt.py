@@ -124,7 +124,7 @@ class _Adopter:
         self._unwanted: set[Digest] = set()  # blobs of images that are left out
         self._new: dict[Digest, int] = {}  # new blobs and their sizes in bytes
         self._names: set[Name] = set()  # of images now in both caches
-        self._settled: dict[Name, Digest] = {}  # of these, the images that were complete here
+        self._settled: dict[Name, Digest] = {}  # of these, the images that were complete here before
 
     def run(self) -> Adoption:
         if self._how == "move":
@@ -194,7 +194,7 @@ class _Adopter:
         if found is None:
             return False
         if found.digest != image.digest:
-            detail = f"here the name has {found.digest}: first remove it with `cachedb rm`"
+            detail = f"in this cache the name points to {found.digest}: remove it first with `cachedb rm`"
             self._leave_out("exists", image.name, detail)
             self._unwanted.update(image.wanted)
             return True
@@ -289,7 +289,7 @@ class _Adopter:
         new = [_to_new_image(image) for image in rest if image.name not in here]
         refused = save_new(connection, ours, new, ttl=self._ttl)
         for image in rest:
-            if image.name in here:  # its image is incomplete
+            if image.name in here:  # the image is here, but incomplete
                 try:
                     save_image(connection, ours, image.name, image.digest, image.media_type, ttl=self._ttl)
                 except InvalidManifest as error:
@@ -300,7 +300,7 @@ class _Adopter:
                 self._complete(connection, image)
 
     def _complete(self, connection: Connection, image: OldImage) -> None:
-        """Attach blobs to a saved image that no manifest references, and record its missing blobs."""
+        """Attach to a saved image the blobs that only index.json lists; record its missing blobs."""
         for digest, entry in image.attached.items():
             if digest in self._here:
                 attached = (image.name, digest, *read_role_and_media_type(entry))
@@ -332,7 +332,7 @@ class _Adopter:
             return [image for image in read_images(connection) if image.name in self._names]
 
     def _set_lifetimes(self, found: list[ImageInfo]) -> list[ImageInfo]:
-        """Set when the images expire that were complete here; return all images with their lifetimes."""
+        """Set the lifetimes of images that were complete here before; return all adopted images."""
         changed = [
             image.name
             for image in found
@@ -366,6 +366,6 @@ class _Adopter:
 
 
 def _to_new_image(image: OldImage) -> NewImage:
-    """Return an image to save; that of an index has no closure yet, which depends on adopted children."""
+    """Convert an image of the older cache; an index gets its closure later, from its adopted children."""
     contents = image.closure if oci.role_of(image.media_type) == "manifest" else None
     return NewImage(image.name, image.digest, image.media_type, contents)

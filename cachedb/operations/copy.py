@@ -114,7 +114,7 @@ def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
     staged = directory / UNFINISHED_INDEX
     lock = locks.acquire(staged, wait=False)
     if lock is None:
-        raise CacheError(f"another process is copying into {str(directory)!r}: wait for it or name another directory")
+        raise CacheError(f"another process is copying into {str(directory)!r}: wait for it, or name another directory")
     try:
         try:
             _check_destination(directory)  # again: another process may have finished meanwhile
@@ -201,7 +201,7 @@ def _empty_index(staged: Path) -> None:
     file = os.open(staged, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not _is_ours(os.fstat(file)):
-            raise NotACache(f"{str(staged)!r} is not a file that a copy of yours made: name a new or empty directory")
+            raise NotACache(f"{str(staged)!r} is not from a copy by this user: name a new or empty directory")
         os.ftruncate(file, 0)
     finally:
         os.close(file)

@@ -57,7 +57,7 @@ def export_archive(
         if len(held) > 1 and (tag is not None or format == "dir"):
             what = "a tag names one image" if tag is not None else "the format dir holds one image"
             raise CacheError(f"{what}, but {len(held)} are exported: export them one by one")
-        # A digest may have found a tag; the archive then has the name as it was given.
+        # A digest may select an image that has a tag. The archive still has the name that the caller gave.
         given = wanted[0] if len(wanted) == 1 and not is_pattern(wanted[0]) else None
         names = [info.name if given is None else Name.parse(given) for info, _ in held]
         if not names:
@@ -151,7 +151,7 @@ def _check_options(
             f"only a folder can have links: use the format {' or '.join(FOLDER_FORMATS)}, or leave out --link"
         )
     if convert not in (None, "oci"):
-        raise CacheError(f"images cannot be converted to {shorten(convert)}: only to oci")
+        raise CacheError(f"images cannot be converted to {shorten(convert)}: use oci")
     if convert and format == "docker-archive":
         raise CacheError("a docker-archive has no manifest to convert: use another format, or leave out --convert")
     if referrers and format in MANIFEST_FORMATS:
@@ -174,9 +174,9 @@ def _parse_tag(name: Name, tag: str, format: str) -> Name:
 
 
 def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> Descriptor | None:
-    """Return the image that `docker load` gets: the one for the host's platform, else the first; None without images.
+    """Choose the image for `docker load`: for the host's platform, else the first; None without one.
 
-    An image that lacks foreign layers is not among them, because `docker load` needs all layers.
+    Images that lack foreign layers are skipped, because `docker load` needs all layers.
 
     Args:
         closure: of the image.
@@ -196,7 +196,7 @@ def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> D
 def _find_referrers(
     directory: Path, name: Name, whole: Closure, exported: Closure, blobs: list[BlobInfo]
 ) -> list[Closure]:
-    """Return the referrers of an image to export; warn of those whose subject is not exported, and of other blobs.
+    """Return the referrers of an image to export; warn about attached blobs that are left out.
 
     Args:
         directory: of the cache.
@@ -217,11 +217,11 @@ def _find_referrers(
 
 
 def _warn_of_referrers(directory: Path, name: Name, closure: Closure, blobs: list[BlobInfo], format: str) -> None:
-    """Warn of the referrers of an image, and of other attached blobs, that are not exported."""
+    """Warn that the referrers of an image, and other attached blobs, are not exported."""
     sizes = {blob.digest: blob.size for blob in blobs}
 
     def read(digest: Digest) -> bytes:
-        return read_small_blob(directory, digest, sizes[digest]) or b""  # what is not exported may be damaged
+        return read_small_blob(directory, digest, sizes[digest]) or b""  # damage is no error: it is not exported
 
     hint = f"a {format} cannot hold them" if format in MANIFEST_FORMATS else "add them with --referrers"
     with suppress(InvalidManifest):
@@ -231,7 +231,7 @@ def _warn_of_referrers(directory: Path, name: Name, closure: Closure, blobs: lis
 
 
 def _warn_of_others(name: Name, closure: Closure, referrers: list[Closure], blobs: list[BlobInfo]) -> None:
-    """Warn of the blobs of an image that neither its closure nor a referrer reaches."""
+    """Warn about the blobs of an image that neither its closure nor a referrer contains."""
     known = {blob.digest for part in (closure, *referrers) for blob in part.blobs}
     hint = "no format has a place for them: save them with `cachedb blob cat`"
     _warn_of_left_out(name, len({blob.digest for blob in blobs} - known), "other attached blob", hint)

@@ -1,7 +1,7 @@
-"""Tell whether a cache exceeds its limits, quickly for a cache with many blobs.
+"""Decide quickly whether a cache exceeds its limits, even if it has many blobs.
 
-The sum of all sizes takes a sixth of a second at 600,000 blobs, 40 times as long as it takes to store a blob. So a
-gauge remembers an upper bound, to which it adds the rows that are new.
+To sum the sizes of 600,000 blobs takes a sixth of a second, 40 times as long as to store one blob. So a gauge remembers
+an upper bound of the sum, and adds the sizes of new rows to it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from cachedb.operations.policy import Limits
 __all__ = ["Gauge"]
 
 
-_BOUND_SECONDS = 60.0  # after this time the sum is made again, because a row may have got another size
+_BOUND_SECONDS = 60.0  # then the sum is computed again, because the size of an old row may have changed
 
 
 class _Bound(NamedTuple):
-    """The most bytes that all blobs up to a row can have."""
+    """An upper bound of the bytes of all blobs up to a row."""
 
     size: int
     last_id: int  # of the row
-    last_digest: str  # of the row; another one means that rows were deleted, and that their ids are used again
-    made: float  # on the monotonic clock
+    last_digest: str  # of the row; if it changes, the row was deleted and its id is used again
+    made: float  # when, in seconds of the monotonic clock
 
 
 class Gauge:
@@ -37,7 +37,7 @@ class Gauge:
         self._bound: _Bound | None = None
 
     def may_be_short(self, limits: Limits, incoming_size: int = 0) -> bool:
-        """Return False if incoming bytes surely fit into the limits; it takes less than a millisecond.
+        """Return False only if incoming bytes surely fit into the limits; this takes under a millisecond.
 
         Args:
             limits: of the cache.
@@ -64,12 +64,12 @@ class Gauge:
         made = time.monotonic()
         with self._database.read() as connection:
             totals = blobs.sum_sizes(connection)
-        # A blob without a file may get one, and its row is an old one then. So the bound counts it.
+        # A missing file may come back without a new row. So the bound includes blobs without a file.
         self._bound = _Bound(totals.all_size, totals.last_id, totals.last_digest, made)
         return totals.stored_size + measure_files(self._database.directory).total_size
 
     def _may_exceed(self, size: int) -> bool:
-        """Return whether all files may have more bytes than a size."""
+        """Return whether the files of the cache may have more bytes than a size."""
         bound = self._bound
         if bound is None or time.monotonic() - bound.made > _BOUND_SECONDS:
             return True

@@ -90,7 +90,7 @@ def _import(
 def _find_replaced(
     connection: Connection, name: Name, digest: Digest, item: model.NamedImage, *, replace: bool
 ) -> Digest | None:
-    """Return the digest that a name points to until the import replaces it; None if there is nothing to replace.
+    """Return the digest that a name points to before the import replaces it; None if it points to none.
 
     Raises:
         NameInUse: if it must not be replaced.

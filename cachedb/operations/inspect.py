@@ -119,7 +119,7 @@ def inspect_image(directory: Path, wanted: RemoteName, platform: str | None, acc
             platforms = platforms or [RemotePlatform(child.platform, child.digest, child.size) for child in children]
             blob = next((child for child in source.choose(children, list_children) if child.role != "other"), blob)
             data = source.child(blob, lambda _: None)
-    raise InvalidManifest(f"{wanted} is an index without an image, or too many indexes in each other")
+    raise InvalidManifest(f"{wanted} is an index without an image, or is nested too deeply: name an image")
 
 
 def _describe(

@@ -14,14 +14,14 @@ from cachedb.index.sqlite.batches import split_batches
 __all__ = ["sum_kept"]
 
 
-_MOST_IMAGES: Final = 2000  # whose blobs are read at a time
+_MOST_IMAGES: Final = 2000  # images whose blobs are read at a time
 
 
 def sum_kept(connection: Connection, rules: Rules, ranking: Ranking) -> dict[int, int]:
-    """Return the bytes that no removal frees, by what keeps them: see `eviction.Mark`.
+    """Return the bytes that no removal frees, by the mark of what keeps them: see `eviction.Mark`.
 
-    A blob that several kept images have counts for the first of what keeps them. The blobs that only leases keep count
-    as held.
+    A blob of several kept images counts once, for the lowest of their marks. A blob that only a lease keeps counts as
+    held.
 
     Args:
         connection: to the index.

@@ -1,7 +1,7 @@
 """Choose as few of the ranked images as a limit requires.
 
-A blob dies with the last of the images that have it. So its bytes count for the image with the highest place among
-them. They count for none if one of these images stays, or if a hold or a process has a lease on the blob.
+A blob is freed when the last image that has it is removed. So its bytes count for the image with the highest place in
+the ranking. They count for no image if one of the images stays, or if a hold or a process has a lease on the blob.
 
 The images are read in the order of the ranking, until they free enough. So a plan costs as much as it removes.
 """
@@ -21,8 +21,8 @@ from cachedb.index.eviction import Ranking, Rules
 __all__ = ["ChosenImage", "choose_least"]
 
 
-_FIRST_IMAGES, _MOST_IMAGES = 50, 2000
-_STAYS: Final = sys.maxsize  # instead of a place: the blob does not die
+_FIRST_IMAGES, _MOST_IMAGES = 50, 2000  # images to read at a time: at first, and at most
+_STAYS: Final = sys.maxsize  # instead of a place: the blob is not freed
 
 
 class ChosenImage(NamedTuple):
@@ -35,10 +35,11 @@ class ChosenImage(NamedTuple):
 
 
 def choose_least(connection: Connection, rules: Rules, ranking: Ranking, needed_size: int) -> list[ChosenImage]:
-    """Return the images that rules remove, and those that the needed bytes require, in the order of the ranking.
+    """Return the images that rules remove, and as few others as free the needed bytes, as ranked.
 
-    The first images that free enough are tried from the last to the first. One pass is enough: to keep an image takes
-    at least as much from what may be kept as from what another image would free.
+    The first images that free enough are candidates. From the last to the first, an image is kept if the others still
+    free enough. One pass is enough: a kept image lowers the bytes to spare by at least as much as it lowers what any
+    other image frees. So an image that could not be kept before cannot be kept later.
 
     Args:
         connection: to the index.
@@ -55,7 +56,7 @@ def choose_least(connection: Connection, rules: Rules, ranking: Ranking, needed_
     spare_size = max(0, total_size - needed_size)
     kept_places, kept_blobs = set[int](), set[int]()
     for place in reversed(range(count)):
-        # Its own bytes are those of blobs that no later image has, so they are the least that it frees.
+        # An image frees at least the blobs that no later image has: its own freed size.
         if ranking.rules[place] is not None or freed_sizes[place] > spare_size:
             continue
         sizes = {blob_id: size for blob_id, size in contents.list_dying(place, count) if blob_id not in kept_blobs}
@@ -77,8 +78,8 @@ class _Contents:
     """The stored blobs of the first images of a ranking, read for many images at a time."""
 
     def __init__(self, connection: Connection, rules: Rules, ranking: Ranking) -> None:
-        self.freed_sizes: list[int] = []  # for each place, the bytes of the blobs that die with its image
-        self.last_places: dict[int, int] = {}  # of the images that have a blob, or `_STAYS`
+        self.freed_sizes: list[int] = []  # for each place, the bytes of the blobs that its image is the last to have
+        self.last_places: dict[int, int] = {}  # for each blob, the highest place of its images, or `_STAYS`
         self._connection, self._ranking = connection, ranking
         self._leased = eviction.read_leased_sizes(connection, rules)
         self._places = {image_id: place for place, image_id in enumerate(ranking.ids)}
@@ -86,13 +87,13 @@ class _Contents:
         self._count = _FIRST_IMAGES  # to read next
 
     def measure(self, place: int) -> int:
-        """Return the bytes of the blobs that die with the image at a place, after all before it."""
+        """Return the bytes that the removal of the image at a place frees, after all before it."""
         if place == len(self.freed_sizes):
             self._read_more()
         return self.freed_sizes[place]
 
     def list_dying(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield the blobs of the image at a place that the removal of the first images frees, with their bytes."""
+        """Yield the blobs of an image, with their bytes, that the removal of ``count`` images frees."""
         return ((blob_id, size) for blob_id, size in self._sizes[place].items() if self.last_places[blob_id] < count)
 
     def _read_more(self) -> None:
@@ -113,7 +114,7 @@ class _Contents:
     def _find_last_places(self, blob_ids: set[int]) -> None:
         last_places = dict.fromkeys(blob_ids, -1)
         for blob_id, image_id in eviction.read_images(self._connection, blob_ids):
-            # A collection does not free a blob that an image without a row has, in a damaged index.
+            # In a damaged index, a blob may belong to an image without a row. A collection does not free it.
             place = self._places.get(image_id, _STAYS)
             if place > last_places[blob_id]:
                 last_places[blob_id] = place

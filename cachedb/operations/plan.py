@@ -1,7 +1,7 @@
 """Plan which images a prune removes, and explain what keeps an image.
 
-Images are chosen in one read transaction, without a lock; the SQL of rules runs before it. ``freed_size`` is exact: the
-files in ``blobs/`` lose these bytes.
+Images are chosen in one read transaction, without a lock. The SQL of rules runs before it. ``freed_size`` is exact: the
+files in ``blobs/`` shrink by so many bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
     needed_size: int  # bytes that the limits require to free, garbage included; 0 without limits
     garbage_sizes: dict[str, int]  # bytes freed before the images: ``reclaimable`` blobs and some files
     kept_sizes: dict[str, int]  # bytes that a prune cannot free, by what keeps them; empty if the limits can be met
-    recent_images: int = 0  # that a rule would remove, but that were used in the last `RECENT_SECONDS`
+    recent_images: int = 0  # images that a rule would remove, but that were used in the last `RECENT_SECONDS`
 
     @property
     def garbage_size(self) -> int:
@@ -98,7 +98,7 @@ def make_plan(
     incoming_size: int = 0,
     spared: Collection[Name] = (),
 ) -> Plan:
-    """Plan which images a prune removes: those that the policy's rules remove, and as few as the limits require.
+    """Plan a prune: the images that the policy's rules remove, and as few others as the limits require.
 
     Args:
         database: of the cache.

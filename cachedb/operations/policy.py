@@ -40,12 +40,12 @@ __all__ = [
 
 
 EXPRESSION: Final = "re:"
-"""The start of a regular expression among names."""
+"""The prefix that marks a regular expression in a list of names."""
 
 QUERY_SECONDS = 60.0
 """The longest time that a query of a rule may take."""
 
-_LEAST_PLAIN_BYTES = 1_000_000  # a limit of less must have a unit
+_LEAST_PLAIN_BYTES = 1_000_000  # a smaller limit must have a unit
 
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ T = TypeVar("T")
 class Keep(NamedTuple):
     """A rule that keeps images: those that fulfil all of its conditions."""
 
-    names: tuple[str, ...] = ()  # patterns, or ``re:EXPRESSION``, which is searched in the name; one of them matches
+    names: tuple[str, ...] = ()  # patterns, or ``re:EXPRESSION`` to search in the name; one of them must match
     repository: str | None = None  # a pattern
     labels: tuple[tuple[str, str | None], ...] = ()  # keys with their values; None allows any value
     platform: str | None = None  # os/architecture[/variant]
@@ -151,9 +151,10 @@ def _explain_syntax(text: str, source: str, error: ValueError) -> InvalidPolicy:
 
 
 def _find_line(text: str, path: tuple[str | int, ...]) -> int:
-    """Return the line on which the statement begins that sets the value at a path.
+    """Return the first line of the statement that sets the value at a path.
 
-    It is the first line whose statement completes a document that has the value. So this needs no grammar of TOML.
+    It is the first line at which the document, cut off after the statement of that line, has the value. So this needs
+    no grammar of TOML.
     """
     lines = text.replace("\r\n", "\n").split("\n")
 
@@ -162,7 +163,7 @@ def _find_line(text: str, path: tuple[str | int, ...]) -> int:
             try:
                 value: Any = tomllib.loads("\n".join(lines[:end]))
             except ValueError:
-                continue  # the statement goes on
+                continue  # the statement continues on the next line
             for part in path:
                 is_there = part < len(value) if isinstance(part, int) else part in value
                 if not is_there:
@@ -200,7 +201,7 @@ def _parse_rules(document: dict[str, Any], kind: str, keys: Mapping[str, _Parser
 
 
 def _parse_table(table: dict[str, Any], keys: Mapping[str, _Parser], *path: str | int) -> dict[str, Any]:
-    """Return the fields of a table by the names that the types have."""
+    """Return the values of a table, by the field names of `Limits`, `Keep` or `Remove`."""
     found = {}
     for key, value in table.items():
         name = _OLD_SPELLINGS.get((path[0], key), key)
@@ -252,7 +253,10 @@ def parse_disk_size(value: object) -> int:
 
 
 def _check_unit(value: object, examples: str) -> None:
-    """Raise if a size is a small number without a unit: programs write plain bytes, but people forget the unit."""
+    """Raise if a size is a small number without a unit, because people forget units.
+
+    A larger number may be plain bytes that a program wrote.
+    """
     number = str(value).strip()
     if re.fullmatch(r"[0-9.]+", number) and 0 < float(number) < _LEAST_PLAIN_BYTES:
         raise ValueError(f'{number!r} has no unit: write {examples.format(number)}, or "{number}B" for bytes')

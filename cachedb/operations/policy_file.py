@@ -17,7 +17,7 @@ from cachedb.operations.policy import Policy, check_policy, parse_policy
 __all__ = ["install_policy", "load_policy", "read_policy"]
 
 
-_MAX_BYTES = 64 * 1024  # of a policy; a larger file is not one
+_MAX_BYTES = 64 * 1024  # of a policy; a larger file is refused
 
 
 def load_policy(directory: Path) -> Policy:

@@ -1,4 +1,4 @@
-"""Say what a change of the schema would do, and print its SQL; nothing is changed."""
+"""Preview a change of the schema and its SQL; nothing is changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     backup: Path | None  # where the old index would go; None if there is no step
     needed_size: int  # bytes of disk for the backup and the change; 0 if there is no step
     free_size: int  # bytes of disk
-    images: int  # whose configs would be read afterwards
+    images: int  # images whose configs would be read afterwards
 
 
 def plan_change(directory: Path, revision: str = "head", *, is_downgrade: bool = False) -> Plan:
@@ -70,7 +70,7 @@ def _list_steps(directory: Path, change: WantedChange) -> list[Step]:
 
 
 def _count_backfills(database: Database, change: WantedChange) -> int:
-    """Return the number of images whose configs the backfill would read."""
+    """Return the number of images whose configs a backfill after the change would read."""
     if change.after != REVISION or change.is_downgrade:
         return 0
     with database.look() as connection:
@@ -105,7 +105,7 @@ def render_sql(directory: Path, revision: str = "head", *, is_downgrade: bool = 
     render = command.downgrade if is_downgrade else command.upgrade
     try:
         render(config, f"{change.before}:{change.after}", sql=True)
-    except (AttributeError, CommandError, NotImplementedError, TypeError) as error:  # there is no connection
+    except (AttributeError, CommandError, NotImplementedError, TypeError) as error:  # it has no connection to read from
         raise CacheError(
             f"the change from {change.before} to {change.after} reads rows, so SQL alone cannot do it: use --dry-run"
         ) from error

@@ -34,8 +34,8 @@ T = TypeVar("T")
 CLAIM_KEY: Final = "prune"
 """The key of the claim of the process that prunes."""
 
-_MOST_PLANS = 10  # of one prune, whose images are used again and again
-_BATCH_SECONDS = 0.02  # of removing images under one write lock; its commit takes as long again
+_MOST_PLANS = 10  # of one prune; it plans again if planned images were used meanwhile
+_BATCH_SECONDS = 0.02  # of removals under one write lock; the commit takes as long again
 
 
 class SkippedImage(NamedTuple):
@@ -50,18 +50,23 @@ class Pruned(NamedTuple):
 
     images: list[Name]  # in the order of removal
     skipped: list[SkippedImage]  # planned images that have changed since, or are held now
-    blobs: int  # that the images freed
-    freed_size: int  # bytes of those
+    blobs: int  # blobs that the images freed
+    freed_size: int  # bytes of these blobs
     garbage: Collected = Collected(0, 0)  # blobs of no image that were freed before the images
     garbage_sizes: Mapping[str, int] = MappingProxyType({})  # bytes freed before the images: see `Plan`
     used_size: int = 0  # bytes of all files of the cache afterwards
     unmet_size: int = 0  # bytes that the limits require, but that were not freed
     kept_sizes: Mapping[str, int] = MappingProxyType({})  # bytes that nothing may free: see `Plan`
-    recent_images: int = 0  # that a rule would have removed: see `Plan`
+    recent_images: int = 0  # images that a rule would have removed: see `Plan`
 
 
 def check_arguments(policy: Policy | None, to_free: float | None, plan: Sequence[PlannedImage] | None = None) -> None:
-    """Raise `TypeError` if an argument of a prune has a wrong type, and `CacheError` if no bytes are to be freed."""
+    """Check the arguments of a prune.
+
+    Raises:
+        TypeError: if one has a wrong type.
+        CacheError: if ``to_free`` is not above 0.
+    """
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"policy is of type {type(policy).__name__!r}: give a Policy, or None")
     if to_free is not None:
@@ -79,9 +84,10 @@ def prune(
     plan: Iterable[PlannedImage] | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
-    """Collect garbage, then remove what a policy removes, or the images of a plan. One process prunes at a time.
+    """Collect garbage, then remove what a policy removes, or the images of a plan.
 
-    If a limit is missed because planned images have changed and stay, other images are planned.
+    One process prunes at a time. If a limit is missed because planned images have changed and stay, other images are
+    planned.
 
     Args:
         database: of the cache.
@@ -104,7 +110,7 @@ def prune(
 
 @contextmanager
 def claim(database: Database, find: Callable[[], T | None]) -> Iterator[T | None]:
-    """Yield the result of ``find``; if it is None, be the one process that prunes during the block.
+    """Yield the result of ``find``; if it is None, no other process prunes during the block.
 
     Raises:
         Busy: if another process prunes for too long.
@@ -118,7 +124,7 @@ def claim(database: Database, find: Callable[[], T | None]) -> Iterator[T | None
 
 
 def _plan_and_remove(database: Database, policy: Policy, to_free: int | None, progress: Progress | None) -> Pruned:
-    """Remove what a policy removes; plan again while a limit is missed because planned images have changed."""
+    """Plan and remove; repeat while a limit is missed because planned images have changed."""
     pruned = Pruned([], [], 0, 0)
     for _ in range(_MOST_PLANS):
         freed_size = pruned.freed_size + sum(pruned.garbage_sizes.values())
@@ -138,7 +144,7 @@ def _shift(progress: Progress | None, size: int) -> Progress | None:
 
 
 def _add(first: Pruned, second: Pruned) -> Pruned:
-    """Return what two plans have removed, one after the other."""
+    """Add up the results of two plans, the second after the first."""
     images = first.images + second.images
     skipped = {image.name: image for image in first.skipped + second.skipped if image.name not in second.images}
     sizes = Counter(first.garbage_sizes) + Counter(second.garbage_sizes)
@@ -208,7 +214,7 @@ def apply_plan(database: Database, planned: Iterable[PlannedImage], progress: Pr
 
 
 def _remove_batch(database: Database, planned: Iterable[PlannedImage]) -> Pruned:
-    """Remove the first images, as many as a short transaction can."""
+    """Remove as many of the first images as one short transaction can."""
     removed, skipped = list[Name](), list[SkippedImage]()
     blobs = freed_size = 0
     with database.write() as connection:

@@ -177,7 +177,7 @@ def pull(
             here = here and work.set_lifetime(here)
             return here and Pulled(here, 0, 0, None, up_to_date=True)
 
-        # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
+        # A waiting process may take over from one that makes no progress. Then both go on, and share the blobs.
         with single_flight.claim_or_find(
             database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
         ) as found:
@@ -219,7 +219,7 @@ class _Pull:
             raise
 
     def set_lifetime(self, here: ImageInfo) -> ImageInfo | None:
-        """Set when an image expires that is complete here; return the image, or None if it has changed meanwhile."""
+        """Set the lifetime of an image that is complete here; return it, or None if it has changed."""
         database = self._database
         if self._ttl is None and (here.expires_at is None or database.read_only):
             return here  # most pulls of a complete image write nothing
@@ -268,12 +268,12 @@ class _Pull:
         return None
 
     def _list_stored_children(self, index: Descriptor) -> list[Descriptor]:
-        """Return the children of an index; none if it is not stored, because then no platform of it is."""
+        """Return the children of a stored index; none of another, because no platform of it is stored."""
         data = reader.read_small_blob(self._database.directory, index.digest, index.size)
         return [] if data is None else oci.descriptors(data, index.media_type)
 
     def _is_needed(self, blob: Descriptor) -> bool:
-        """Return whether an image without the blob is not complete for this pull."""
+        """Return whether this pull must have the blob to complete the image."""
         return self._source.foreign_layers or not blob.is_foreign
 
     def _find_left_out(self, closure: list[Descriptor]) -> set[Digest]:
@@ -338,7 +338,10 @@ class _Pull:
             info = images.read_image(connection, self._database.directory, image_id)[0]
             if not self._has_wanted_platform(top, info):
                 asked = shorten(self._platform)
-                raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}", name=self._name)
+                raise NotInCache(
+                    f"{self._name} is not for platform {asked}, but for {info.platform}: choose it with --platform",
+                    name=self._name,
+                )
             return info
 
         if left_out:

@@ -88,7 +88,7 @@ class Target:
             advance: called with the bytes done.
 
         Returns:
-            How the blob got there; ``existing`` for all but the first call.
+            How the blob got there; ``existing`` for every later call.
 
         Raises:
             DigestMismatch: if the blob's file has other content.
@@ -169,7 +169,7 @@ def push(
     for blob in wanted.values():
         if blob.digest not in documents and not repository.has("manifests", blob.digest):
             raise IncompleteImage(
-                f"{name} is for {blob.platform or blob.digest} too, which is not here: pull it with --all-platforms, "
+                f"{name} has {blob.platform or blob.digest}, which is not in the cache: pull it with --all-platforms, "
                 "or push one platform with --platform"
             )
 

@@ -97,7 +97,7 @@ def _collect_salvage(database: Database) -> tuple[Salvage, list[str]]:
             backup = _read_index(other)
         if backup.has_all_images:
             note = f"the unreadable part of the index is restored from the backup {path.name}"
-            # An extra hold does no harm, and the backup of an interrupted rebuild has the leases that it read.
+            # An extra hold does no harm. The backup of an interrupted rebuild has the leases that were readable then.
             rows = {table: [*found.rows[table], *backup.rows[table]] for table in found.rows}
             return found._replace(images={**backup.images, **found.images}, rows=rows), [*notes, note]
     return found, [*notes, "part of the index is unreadable, and there is no usable backup"]
@@ -171,7 +171,7 @@ def read_rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], b
 
 
 def _find_columns(database: Database, table: Table) -> dict[str, ColumnClause[Any]]:
-    """Return the columns of a table that exist in an index, by their names today; its schema may be older."""
+    """Return the columns that a table has in an index, by their present names; its schema may be older."""
     with suppress(CacheError), database.look() as connection:
         for name in filter(None, (table.name, OLD_NAMES.get(table.name))):
             names = {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({name})")}

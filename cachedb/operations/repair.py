@@ -94,4 +94,7 @@ REPAIRS: Final[dict[str, Callable[[Connection, Path, Digest, Reading | None], st
     "wrong_size": _correct_size,
     "orphan": _add_row,
 }
-"""The repair of each kind of problem: it takes the result of hashing the file, and returns what was done."""
+"""The function that repairs each kind of problem.
+
+It takes the result of hashing the file, and returns what it did; None if it did nothing.
+"""

@@ -64,7 +64,7 @@ def restore(directory: Path, file: Path) -> Restored:
 def _restore(database: Database, file: Path) -> Restored:
     if not is_ours(database.directory) and not has_our_mark(database):
         raise NotACache(
-            f"{str(database.directory)!r} is not a cache: restore a backup into the directory it was made of"
+            f"{str(database.directory)!r} is not a cache: restore the backup into the cache that it comes from"
         )
     with os_errors("mark the cache"):
         database.folders.mark(new=True, is_sound=False)

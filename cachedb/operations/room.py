@@ -36,7 +36,7 @@ _VARIABLE = "CACHEDB_AUTO_PRUNE"
 _MEANINGS = {"": True, "1": True, "true": True, "yes": True, "on": True} | dict.fromkeys(
     ["0", "false", "no", "off"], False
 )
-_RETRY_SECONDS = 60.0  # until a prune is tried again that could not meet the limits
+_RETRY_SECONDS = 60.0  # until the next prune, after one that could not meet the limits
 
 
 def choose_auto_prune() -> bool:
@@ -73,10 +73,10 @@ class Room:
         self._retry_at = 0.0  # on the monotonic clock
 
     def make(self, name: Name, size: int) -> None:
-        """Remove images so that an image fits into the limits; before its first byte.
+        """Remove images so that a new image fits into the limits; call this before its first byte.
 
-        Another process may be pruning: this waits for it, then looks again. If the policy is invalid or a prune fails,
-        the log has a warning.
+        If another process is pruning, this waits for it, then looks again. If the policy is invalid or a prune fails,
+        this logs a warning.
 
         Args:
             name: of the image, for the error.
@@ -96,10 +96,10 @@ class Room:
                 LOG.warning("cannot make room for %s: %s", name, error)
 
     def prepare(self, source: object = None) -> None:
-        """Remove images if the disk is short, before bytes are stored; nothing is raised if that fails.
+        """Remove images if the disk is short; call this before bytes are stored. This never raises.
 
         Args:
-            source: of the bytes; if it is the path of a file, its size is the room that is needed.
+            source: where the bytes come from; if it is the path of a file, its size is the room that is needed.
         """
         policy = self._find_policy()
         if policy is None or time.monotonic() < self._retry_at:
@@ -112,9 +112,10 @@ class Room:
             self._warn(str(error))
 
     def keep_limits(self, names: Collection[Name] = ()) -> None:
-        """Remove images until the cache is within its limits; after images were acknowledged, so nothing is raised.
+        """Remove images until the cache is within its limits.
 
-        If another process prunes, this returns at once: that process looks again when it is done.
+        This runs after images were acknowledged, so it raises nothing. If another process prunes, it returns at once:
+        that process looks again when it is done.
 
         Args:
             names: the images that were acknowledged, which stay.
@@ -139,7 +140,7 @@ class Room:
         except FileNotFoundError:
             return None
         except OSError:
-            identity = ()  # to read the file raises an error that explains it
+            identity = ()  # the read below raises the error
         if identity != self._known[0]:
             self._known = identity, self._load_policy()
             self._retry_at = 0.0
@@ -156,7 +157,7 @@ class Room:
         limits = policy.limits
         if limits.max_size is limits.min_free is None:
             return None
-        # Even without `min-free`, what comes must fit on the disk.
+        # Even without `min-free`, the incoming bytes must fit on the disk.
         return policy._replace(limits=limits._replace(min_free=limits.min_free or 0))
 
     def _find_gauge(self) -> Gauge:
@@ -224,7 +225,7 @@ class Room:
     def _remove(self, made: Plan) -> Pruned:
         from cachedb.operations.prune import remove_planned
 
-        # At the priority of the caller: others wait for the write lock, which a batch holds.
+        # Keep the caller's priority here, because other processes wait for the write lock of a batch.
         pruned = remove_planned(self._database, made)
         count, size = len(pruned.images), pruned.freed_size + pruned.garbage.bytes
         if count or size:
@@ -251,8 +252,8 @@ def _no_room_error(directory: Path, policy: Policy, name: Name | None, size: int
     what, limit = f"{name or 'the import'} needs {format_size(size)}", policy.limits.max_size
     if limit is not None and size > limit:
         return NoRoom(f"{what}, more than max-size in {POLICY_FILE}: raise the limit")
-    # Without a process that downloads them, partial downloads stay for a day.
+    # A partial download that no process continues stays for a day. So a retry helps only if downloads are running.
     passing_size = sum(made.kept_sizes.get(kind, 0) for kind in ("partial downloads", "in use"))
     may_help = made.unmet_size <= passing_size and downloads.are_running(directory)
-    advice = "; other pulls are running, so a retry may help when they have ended" if may_help else ""
+    advice = "; or retry when the other pulls, which are running now, have ended" if may_help else ""
     return NoRoom(f"{what}: {explain_unmet(made.unmet_size, made.kept_sizes)}{advice}")

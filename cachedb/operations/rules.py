@@ -1,6 +1,6 @@
 """Turn the rules of a policy into conditions on the index.
 
-A query of a rule runs first, on its own: the conditions hold its answer.
+The query of a rule runs before, in a transaction of its own. The conditions contain the names that it found.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _read_names(connection: Connection, policy: Policy) -> Iterable[tuple[int, s
 def _build_rule(
     connection: Connection, rule: Keep | Remove, known: Mapping[str, int], answers: Mapping[str, list[str]]
 ) -> ColumnElement[bool]:
-    """Return the condition that a rule selects an image.
+    """Return the SQL condition for the images that a rule selects.
 
     Raises:
         InvalidPolicy: if the rule has no condition.

@@ -47,7 +47,7 @@ def share(folders: Folders, group: str | None = None) -> str:
 
 
 def _share_files(folder: int, gid: int) -> None:
-    """Let the group write to those files of a folder that their owner may write to, which excludes blobs."""
+    """Let the group write to the files of a folder that their owner can write to; blobs are read-only."""
     for name in list_names(folder):
         try:
             # O_PATH, because opening and closing the index would release SQLite's locks of this process.

@@ -184,7 +184,7 @@ def _check_place(directory: Path, file: Path) -> None:
 
 
 def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
-    """Do the pending backfill of migrations; return the configs that could not be read."""
+    """Run the pending backfill; return the configs that could not be read."""
     try:
         return _read_configs(database, progress)
     except IntegrityError as error:

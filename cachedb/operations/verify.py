@@ -1,4 +1,4 @@
-"""Verify the index, the digests of files, and that index and files agree; repair the problems.
+"""Verify the index, the digests of files, and that the index matches the files; repair problems.
 
 Without the write lock, a change by another process can look like a problem. So a suspected blob is checked again under
 the lock before it is reported, and everything else before it is repaired.
@@ -78,7 +78,7 @@ class Problem(NamedTuple):
     path: Path | None  # of the file, if any
     detail: str
     repair: str | None  # what was done; None if nothing was done
-    images: tuple[Name, ...] = ()  # that have the blob, sorted; empty if a damaged index cannot say it
+    images: tuple[Name, ...] = ()  # that have the blob, sorted; empty if the index is damaged
 
 
 class Verification(NamedTuple):
@@ -104,7 +104,7 @@ def verify(
         session: the session whose folder receives a rebuilt index.
         quick: check only the presence and size of files, not their content.
         repair: repair the problems that can be repaired.
-        left: the files that could not be removed when the cache was opened.
+        left: files that could not be removed when the cache was opened, with the reasons.
         progress: called with the bytes read and the total; from any thread, one call at a time.
 
     Raises:
@@ -137,7 +137,7 @@ def _verify(
         problems += [Problem("index", None, database.path, line, None) for line in lost]
     files, strays = list_blob_files(database.directory)
     if problems and not repair:
-        # A damaged index cannot be trusted, and one with another schema is not read. Files have their names to check.
+        # An index that is damaged, or has another schema, is not read. Files are still checked against their names.
         readings = {} if quick else hash_files(database.directory, files, progress)
         return Verification(len(files), problems + list(_find_corrupt(database.directory, readings)))
     problems += _check_settings(database, repair=repair)
@@ -169,7 +169,7 @@ def _verify(
 
 
 def _find_schema_mismatch(database: Database) -> SchemaMismatch | None:
-    """Return why this release cannot use the schema of the index; None if it can, or the schema is damaged."""
+    """Return why this release cannot use the schema of the index; None if it can, or cannot read it."""
     try:
         with suppress(DamagedIndex), database.read():
             pass
@@ -257,7 +257,7 @@ def _read_status(path: Path) -> os.stat_result | None:
 
 
 def _name_orphans(database: Database, files: dict[Digest, int], problems: list[Problem]) -> list[Problem]:
-    """Name the manifests among the orphans that got a row, and mention it in their problems."""
+    """Give names to the manifests among the orphans that got a row, and say so in their problems."""
     adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
     orphans = {digest: files[digest] for digest in adopted if digest in files}
     with database.write() as connection:

@@ -486,7 +486,7 @@ def test_a_file_of_another_user_with_the_name_of_an_unfinished_copy_is_not_empti
     with pytest.raises(NotACache, match=f"it holds '{UNFINISHED_INDEX}'"):
         cache.copy(target)
     monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
-    with pytest.raises(NotACache, match="is not a file that a copy of yours made"):
+    with pytest.raises(NotACache, match="is not from a copy by this user"):
         cache.copy(target)
     assert (target / UNFINISHED_INDEX).read_bytes() == b"theirs"
 

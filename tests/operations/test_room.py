@@ -775,7 +775,7 @@ def test_a_pull_without_room_beside_other_pulls_says_that_a_retry_may_help(cache
             cache.pull(f"{remote.host}/new:1")
         return str(raised.value)
 
-    advice = "or release holds; other pulls are running, so a retry may help when they have ended"
+    advice = "or release holds; or retry when the other pulls, which are running now, have ended"
     with single_flight.try_claim(cache.directory, downloads.claim_key(digest)) as has_claim:
         assert has_claim
         assert find_error().endswith(advice)

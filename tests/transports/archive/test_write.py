@@ -1206,7 +1206,7 @@ def test_a_conversion_without_a_manifest_to_convert_is_refused(cachedb: Run, cac
     make.save(cache, "app:1", DOCKER_IMAGE)
     line = check_failure(cachedb("export", "--convert", "oci", "--format", "docker-archive", "app:1", tmp_path / "out"))
     assert "a docker-archive has no manifest to convert" in line
-    with pytest.raises(CacheError, match="images cannot be converted to 'docker': only to oci"):
+    with pytest.raises(CacheError, match="images cannot be converted to 'docker': use oci"):
         cache.export("app:1", tmp_path / "out", convert="docker")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
