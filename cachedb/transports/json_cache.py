@@ -49,7 +49,7 @@ __all__ = [
 
 
 KINDS = ("name", "manifest", "missing", "corrupt", "unreadable", "exists", "stray")
-"""Why something is left out:
+"""Why a file or an image is left out:
 
 - name: the path of a file in ``manifests/`` is not a name.
 - manifest: a manifest is invalid.
@@ -291,7 +291,7 @@ def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
 
 
 def is_intact(directory: Path, digest: Digest) -> bool:
-    """Return whether a blob of this cache matches its digest, which reads all of it."""
+    """Read a blob of this cache, and return whether it matches its digest."""
     try:
         with reader.open_blob(directory, digest) as file, os_errors("read a blob"):
             writer.receive(file, None, digest=digest)

@@ -145,7 +145,7 @@ def extended_header(size: int) -> bytes:
 def test_an_extended_header_of_a_mebibyte_is_read(tmp_path: Path) -> None:
     small = make.tar_of({"f": b"x"})
     assert open_tar(tmp_path, extended_header(1024 * 1024) + small).find("f")
-    with pytest.raises(InvalidArchive, match="a header of over 1 MiB, or too many"):
+    with pytest.raises(InvalidArchive, match="extended headers that are too large"):
         open_tar(tmp_path, extended_header(1024 * 1024 + 1) + small)
 
 
@@ -154,7 +154,7 @@ def test_extended_headers_have_a_common_limit(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tar, "_HEADERS_LIMIT", 3 * (1000 + tar.BLOCK))
     assert open_tar(tmp_path, extended_header(1000) * 3 + small).find("f")
     monkeypatch.setattr(tar, "_HEADERS_LIMIT", 3 * (1000 + tar.BLOCK) - 1)
-    with pytest.raises(InvalidArchive, match="or too many"):
+    with pytest.raises(InvalidArchive, match="extended headers that are too large"):
         open_tar(tmp_path, extended_header(1000) * 3 + small)
 
 

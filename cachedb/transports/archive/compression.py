@@ -13,7 +13,7 @@ from cachedb.errors import InvalidArchive
 __all__ = ["MAGIC_LENGTH", "Decompressor", "detect_compression"]
 
 
-_SLICE_BYTES = 64 * 1024  # bytes for one call of a decompressor, which may return most of them unused
+_SLICE_BYTES = 64 * 1024  # input for one call of a decompressor, which may return most of it unused
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 # The magic is longer than "BZh", because a tar begins with a file name, which may begin with these letters.
 _MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
@@ -36,7 +36,7 @@ class Decompressor:
 
         Args:
             compression: a result of `detect_compression`.
-            may_have_garbage: ignore bytes after a complete member that are not a member, as gzip(1) does.
+            may_have_garbage: ignore bytes after the last complete member, as gzip(1) does.
         """
         self._compression, self._may_have_garbage = compression, may_have_garbage
         self._stream: Any = None

@@ -51,14 +51,14 @@ class Contents:
         """The platforms of the images that are not for the wanted one."""
 
     def read_image(self, root: Descriptor) -> ArchivedImage | None:
-        """Return an image with the part of its closure that is in the archive; None if it is for another platform.
+        """Return an image, without the parts that the archive lacks; None if it is for another platform.
 
         Raises:
-            InvalidArchive: if a part is missing without which the image is of no use.
+            InvalidArchive: if the archive lacks a part that the image needs.
             InvalidManifest: if a manifest is invalid.
             DigestMismatch: if a manifest does not match its digest or size.
         """
-        # An image that index.json says is for another platform may be absent.
+        # If index.json states another platform for the image, the image itself may be absent.
         if self._platform and root.role == "manifest" and (root.platform or self.is_present(root)):
             label = self.read_platform(root)
             if label and not oci.is_for(label, self._platform):
@@ -77,13 +77,13 @@ class Contents:
         return ArchivedImage(root, blobs, None if is_whole else list_digests(blobs))
 
     def read_referrer(self, root: Descriptor) -> list[ArchivedBlob]:
-        """Return the closure of a manifest that refers to an image, as far as it is in the archive."""
+        """Return the closure of a referrer, without the parts that the archive lacks."""
         return self._list_blobs(root, self._expand(root, self._find_present))
 
     def _expand(
         self, root: Descriptor, choose: Callable[[Descriptor], list[Descriptor]]
     ) -> dict[Descriptor, list[Descriptor]]:
-        """Return the manifests and indexes that a root reaches through chosen children, with those children."""
+        """Return a root and the manifests and indexes below it, each with its chosen children."""
         chosen: dict[Descriptor, list[Descriptor]] = {}
         stack = [root]
         while stack:
@@ -97,7 +97,7 @@ class Contents:
         children = {blob.digest: found for blob, found in chosen.items()}
         listed = dict.fromkeys(Closure(root, {}, children).blobs)
         self._blob_count += len(listed)
-        check_blob_count(self._blob_count)  # images may share blobs, so that these are more than the descriptors
+        check_blob_count(self._blob_count)  # images may share blobs: a few descriptors may make many blobs
         return [self.find_blob(blob) for blob in listed]
 
     def is_present(self, blob: Descriptor, depth: int = 0) -> bool:
@@ -126,7 +126,7 @@ class Contents:
         return is_found
 
     def _find_missing(self, blob: Descriptor) -> Descriptor:
-        """Return the first missing blob in the closure of a blob whose closure is not present."""
+        """Return the first missing blob in an incomplete closure."""
         while document := self._documents.get(blob.digest):
             blob = next(child for child in document.children if not (self.is_present(child) or child.is_foreign))
         return blob
@@ -155,7 +155,7 @@ class Contents:
         return oci.platform_label(load_json(self._read_verified(config), _describe(config)))
 
     def read_subject(self, root: Descriptor) -> Digest | None:
-        """Return the digest of the manifest that a manifest or index refers to (manifest.md, "subject"), or None."""
+        """Return the subject of a manifest or index (manifest.md, "subject"); None if it has none."""
         return self._read(root).subject if self._has(root) else None
 
     def has_manifest(self, digest: Digest) -> bool:

@@ -31,7 +31,7 @@ def copy_in_threads(blobs: Collection[Entry], copy: Callable[[Entry, Advance, bo
     Args:
         blobs: in any order; the largest are copied first, so that all threads end at about the same time.
         copy: copies a blob; it gets the entry, a function that takes the bytes copied, and whether to hash in a
-            second thread. That pays only for a blob that is larger than one core's share of all.
+            second thread, which is faster only for a blob larger than one core's share of the bytes.
         progress: takes the bytes copied.
     """
     share = sum(entry.size for entry in blobs) / (os.cpu_count() or 1)
@@ -103,8 +103,7 @@ def check_size(entry: Entry, size: int) -> None:
     """
     if size != entry.size:
         raise CacheError(
-            f"the file of {entry.content!s} is {size} bytes, and should be {entry.size} by its manifest: "
-            "import the image again"
+            f"the file of {entry.content!s} has {size} bytes, but {entry.size} in its manifest: import the image again"
         )
 
 
@@ -116,7 +115,7 @@ def read_blob(
     *,
     hash_in_thread: bool = False,
 ) -> None:
-    """Read a file that holds a blob, pass on its bytes, and raise `DigestMismatch` unless they have its digest.
+    """Read the file of a blob, pass on its bytes, and verify their digest.
 
     Args:
         entry: of the blob.

@@ -50,7 +50,7 @@ def _find_required(files: Files, name: str) -> Section:
 
 
 class Config(NamedTuple):
-    """A config in the archive, which several entries of manifest.json may name."""
+    """A config in the archive; several entries of manifest.json may name it."""
 
     digest: Digest
     blob: ArchivedBlob
@@ -59,7 +59,7 @@ class Config(NamedTuple):
 
 
 def read_config(files: Files, path: str, known: Container[Digest | None]) -> Config:
-    """Return the config at this path in the archive, without its diff ids and platform if its digest is known."""
+    """Return the config at a path in the archive; a config whose digest is known is not parsed."""
     section = _find_required(files, path)
     data = read_small(section, "the config", InvalidArchive)
     digest = digest_of(data)
@@ -77,7 +77,7 @@ def read_config(files: Files, path: str, known: Container[Digest | None]) -> Con
 
 
 def read_docker(files: Files, layers: list[str], config: Config) -> ArchivedImage:
-    """Return the image with these layers, by their paths in the archive, and a config."""
+    """Return the image of a config and the layers at these paths in the archive."""
     diff_ids = [] if config.diff_ids is None and not layers else config.diff_ids
     if not isinstance(diff_ids, list) or len(diff_ids) != len(layers):
         raise InvalidArchive("the config (rootfs.diff_ids) and manifest.json have different numbers of layers")

@@ -42,7 +42,7 @@ def list_entries(
 ) -> list[Entry]:
     """Return the files that an export consists of, in the order of a tar.
 
-    In a folder, the first marks its format, and the second refers to all others.
+    In a folder, the first file marks the format, and the second refers to all others.
 
     Args:
         name: of the image.
@@ -88,7 +88,7 @@ def list_entries(
 
 
 def merge_entries(images: Iterable[list[Entry]]) -> list[Entry]:
-    """Return the files of one archive of several images, given the files that `list_entries` returns for each."""
+    """Join the files of several images, each from `list_entries`, to those of one archive."""
     merged: dict[str, Entry] = {}
     for entry in chain.from_iterable(images):
         old = merged.get(entry.path)
@@ -100,7 +100,7 @@ def merge_entries(images: Iterable[list[Entry]]) -> list[Entry]:
 
 
 def _merge_documents(old: Entry, new: Entry) -> Entry:
-    """Return an index.json or a manifest.json with the images of both."""
+    """Return an index.json or a manifest.json that lists the images of both."""
     assert isinstance(old.content, bytes)
     assert isinstance(new.content, bytes)
     first, second = json.loads(old.content), json.loads(new.content)
@@ -141,6 +141,9 @@ def _descriptor(blob: Descriptor) -> dict[str, Any]:
 
 
 def _describe_referrer(closure: Closure) -> dict[str, Any]:
-    """Return the entry of a referrer in index.json; it has no name, because its subject says what it belongs to."""
+    """Return the entry of a referrer in index.json.
+
+    It has no name, because the subject in its manifest tells which image it belongs to.
+    """
     kind = oci.artifact_type(oci.load_json(closure.documents[closure.root.digest], "the referrer"))
     return {**_descriptor(closure.root), **({"artifactType": kind} if kind else {})}

@@ -35,7 +35,7 @@ _SPACE_SHARE = 3  # unpacked bytes allowed per free byte
 
 
 class Section:
-    """Range of bytes in a file or in memory; several may be read at once, because each has its own position."""
+    """Range of bytes in a file or in memory, with its own position."""
 
     def __init__(self, file: int | Path | bytes, offset: int, size: int) -> None:
         self._file, self._offset, self.size = file, offset, size
@@ -135,7 +135,7 @@ class Folder:
 class Tar:
     """The files in a tar, which one pass over its headers finds.
 
-    Warnings tell of links and names that other readers may take in another way.
+    It warns about links and names that other programs may read in another way.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -143,13 +143,13 @@ class Tar:
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
         self._outside: set[str] = set()  # links that lead out of the archive, which are never followed
-        self._targets_from_top: dict[str, str] = {}  # of symbolic links, if they were relative to the whole archive
+        self._targets_from_top: dict[str, str] = {}  # of symbolic links, read as paths from the top of the archive
         self._absolute: list[str] = []
         name_characters = end = 0
         for member in tar.read_members(descriptor):
             name_characters += len(member.name) + len(member.link)
             if len(self._files) + len(self._links) + len(self._outside) >= _MEMBERS_LIMIT:
-                raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
+                raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: it is not an image")
             if name_characters > _NAMES_LIMIT:
                 raise InvalidArchive(f"the archive has names of more than {_NAMES_LIMIT} characters: not an image")
             self._add_member(member)
@@ -177,9 +177,9 @@ class Tar:
         raise InvalidArchive(f"links in the archive form a loop, or a chain that is too long, at {shorten(name)}")
 
     def _mend_links(self) -> list[str]:
-        """Let the links that lead nowhere lead to a file from the top of the archive, and return their names.
+        """Read links that lead nowhere as paths from the top of the archive; return the names of these links.
 
-        Some vendors write a layer so. It must have its diff id, as every layer.
+        Some vendors write such links to layers. The diff id of the layer is checked as usual.
 
         Raises:
             InvalidArchive: if links form a loop.
@@ -211,7 +211,7 @@ class Tar:
         if member.name.startswith("/"):
             self._absolute.append(name)
         if member.kind == tar.HARD_LINK and name in self._files and name == _resolve_link(name, member.link):
-            return  # GNU tar writes this for a file that it was given twice
+            return  # GNU tar writes such a link for a file that it was given twice
         # A later member replaces an earlier one of the same name.
         for known in (self._files, self._links, self._targets_from_top):
             known.pop(name, None)
@@ -307,7 +307,7 @@ def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
 
 
 def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> bool:
-    """Copy a stream to a file, and decompress it if it is compressed; return whether it has garbage at its end."""
+    """Copy a stream to a file, decompressed; return whether it has garbage at its end."""
     chunk = b""
     while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK_BYTES)):
         chunk += more  # a pipe may return fewer bytes than requested

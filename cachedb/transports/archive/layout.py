@@ -61,7 +61,7 @@ def read_layout(contents: Contents, section: Section, *, as_one: bool, may_be_da
     Args:
         contents: the blobs of the layout.
         section: index.json.
-        as_one: return manifests for several platforms, which have no name, as one image.
+        as_one: join manifests without a name, which are for several platforms, into one image.
         may_be_damaged: return an image that is damaged or incomplete with its error, instead of raising the error.
     """
     index = read_document(section, "index.json")
@@ -89,7 +89,7 @@ def read_layout(contents: Contents, section: Section, *, as_one: bool, may_be_da
 
 
 def find_children(contents: Contents, found: list[FoundImage], prefix: str) -> list[FoundImage]:
-    """Return the manifests and indexes inside the images whose digests begin with a text, as images without a name."""
+    """Return the children of images whose digests begin with a text, as images without a name."""
     roots = {
         blob.digest: Descriptor(blob.digest, blob.size, blob.media_type, blob.role)
         for item in found
@@ -139,7 +139,7 @@ def _are_for_different_platforms(contents: Contents, group: list[_Listed]) -> bo
     try:
         platforms = {contents.read_platform(item.root) if item.root.role == "manifest" else None for item in group}
     except DAMAGE_ERRORS:
-        return False  # a config is damaged, which the import finds out if it needs it
+        return False  # a config is damaged: the import raises an error if it needs this config
     return len(platforms) == len(group) and None not in platforms
 
 
@@ -160,14 +160,14 @@ def _join(
     *,
     is_whole: bool,
 ) -> ArchivedImage:
-    """Return one image of several; its index has these entries.
+    """Join images for several platforms into one image, whose index has these entries.
 
     Args:
-        images: those to import.
-        entries: of all platforms.
+        images: the images to import.
+        entries: one for each platform, imported or not.
         document: index.json, parsed.
         section: index.json.
-        is_whole: whether nothing is left out.
+        is_whole: whether all platforms are imported.
     """
     fields = [document.get("schemaVersion"), document.get("mediaType", oci.OCI_INDEX), document.get("manifests")]
     data = section.head(section.size)
@@ -257,7 +257,7 @@ def _attach_referrers(
 def _list_referrers(
     contents: Contents, listed: list[_Listed], *, may_be_damaged: bool
 ) -> list[tuple[Descriptor, Digest]]:
-    """Return the manifests that refer to another one, each with its subject; warn about those that are not whole."""
+    """Return the referrers in index.json, each with its subject; warn about incomplete ones."""
 
     def is_whole(root: Descriptor) -> bool:
         try:
@@ -280,5 +280,5 @@ def _list_referrers(
         if is_whole(root):
             whole.append((root, subject))
         else:
-            LOG.warning("not imported: %s refers to %s, and is not whole in the archive", root.digest, subject)
+            LOG.warning("not imported: %s refers to %s, and the archive lacks a part of it", root.digest, subject)
     return whole

@@ -29,10 +29,11 @@ class Location(NamedTuple):
 
 
 def parse_location(text: str) -> Location:
-    """Parse ``docker-archive:PATH[:TAG]``, ``oci-archive:PATH[:TAG]``, ``oci:PATH[:TAG]``, ``dir:PATH`` or a path.
+    """Parse the location of an archive: ``TRANSPORT:PATH[:TAG]`` or a path.
 
-    A text that begins with no transport is a path, also if it has a colon. As in skopeo, a path behind a transport
-    ends at its first colon, except behind ``dir:``.
+    The transports are ``docker-archive``, ``oci-archive``, ``oci``, and ``dir``, which has no tag. Any other text is a
+    path, even if it contains a colon. As in skopeo, the path after a transport ends at its first colon, except after
+    ``dir:``.
 
     Raises:
         CacheError: if nothing follows the transport.

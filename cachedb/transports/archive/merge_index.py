@@ -22,7 +22,7 @@ __all__ = ["merge_index"]
 def merge_index(folder: Path, entry: Entry) -> Entry:
     """Return the layout's index with the images and their referrers added.
 
-    An image replaces an image of the same name, and the referrers that only that image had.
+    An image replaces the image that had its name, and that image's referrers if no other image has them.
 
     Args:
         folder: of the layout.
@@ -53,7 +53,7 @@ def merge_index(folder: Path, entry: Entry) -> Entry:
 
 
 def _list_reached(folder: Path, entries: Iterable[Any]) -> set[Digest]:
-    """Return the digests of the manifests and indexes that entries of index.json reach, as far as they can be read."""
+    """Return the digests of the readable manifests and indexes in the closures of entries of index.json."""
     reached = set[Digest]()
     stack = [root for entry in entries if (root := _parse(entry))]
     while stack:

@@ -61,7 +61,7 @@ class ArchivedImage(NamedTuple):
 
     root: Descriptor | None  # the manifest or index; None in a docker-archive
     blobs: list[ArchivedBlob]  # the closure; in a docker-archive the config, then the layers
-    chosen: frozenset[Digest] | None = None  # the digests of the closure if it is a part of the image's closure
+    chosen: frozenset[Digest] | None = None  # the digests of `blobs` if these are only a part of the closure
     referrers: tuple[ArchivedBlob, ...] = ()  # the closures of the manifests that refer to the image
 
     @property
@@ -95,8 +95,8 @@ class NamedImage(NamedTuple):
 
     image: ArchivedImage
     names: list[Name]
-    repository: str | None = None  # where its name is its digest, if it has no other name
-    bare: tuple[Name, ...] = ()  # of its names, the tags that the archive gives without a repository
+    repository: str | None = None  # for an image without a name: the repository in which its digest is its name
+    bare: tuple[Name, ...] = ()  # those of its names that the archive gives as a tag without a repository
 
 
 def list_digests(blobs: list[ArchivedBlob]) -> frozenset[Digest]:

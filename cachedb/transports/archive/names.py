@@ -23,15 +23,15 @@ class Wanted(NamedTuple):
     """Which images of an archive to import, and how to name them."""
 
     name: Name | None = None  # replaces the names of the only image
-    repository: str | None = None  # of tags without one, and of images without a name
+    repository: str | None = None  # for tags without a repository, and for images without a name
     select: str | None = None  # a name in the archive, or a digest or at least 12 of its digits
     platform: str | None = None  # the only one to import; None for all
 
 
 def name_images(found: list[FoundImage], wanted: Wanted) -> list[NamedImage]:
-    """Return the images to import with their names.
+    """Return the images to import, with their names.
 
-    Images without a name are left out if others have one; a warning tells so.
+    If some images have names, those without are left out with a warning.
 
     Raises:
         InvalidArchive: if a name is invalid; if two images have the same name; if one name was given for several
@@ -95,13 +95,13 @@ def _select(found: list[FoundImage], text: str) -> FoundImage:
 
 
 def parse_digest_prefix(text: str) -> str | None:
-    """Return the start of a digest, with its algorithm, that a text selects images by; None if it is none."""
+    """Return a digest, or the start of one, with its algorithm; None if the text is neither."""
     match = _DIGEST_PREFIX.fullmatch(text)
     return match and (f"sha256:{match[1]}" if match[1] else text)
 
 
 def _keep_name(item: FoundImage, text: str) -> FoundImage | None:
-    """Return an image with only this name; None if it has another name."""
+    """Return an image with only this name; None if the image does not have it."""
     for name in item.names:
         if text == name or qualify(text) == qualify(name):
             return item._replace(names=[name], tags=[])
@@ -109,7 +109,7 @@ def _keep_name(item: FoundImage, text: str) -> FoundImage | None:
 
 
 def _has_digest(item: FoundImage, prefix: str) -> bool:
-    """Return whether the manifest, or the config, has a digest with this start; Docker's image id is the config's."""
+    """Return whether the digest of the manifest or the config, Docker's image id, has a prefix."""
     if item.image.root and item.image.root.digest.startswith(prefix):
         return True
     return any(blob.role == "config" and (blob.digest or "").startswith(prefix) for blob in item.image.blobs)
@@ -122,7 +122,7 @@ def _list_images(found: list[FoundImage]) -> str:
 
 
 def _identify(item: FoundImage) -> str:
-    """Return a name of an image, or the start of its digest, which `--select` takes too."""
+    """Return a name of an image, or the start of its digest; `--select` takes both."""
     if names := item.names or item.tags:
         return shorten(names[0])
     digest = item.image.root.digest if item.image.root else next((blob.digest for blob in item.image.blobs), None)
@@ -130,7 +130,7 @@ def _identify(item: FoundImage) -> str:
 
 
 def _name_image(item: FoundImage, repository: str | None) -> NamedImage:
-    """Return an image with the names that the archive gives it; none if it has no name."""
+    """Return an image with its names in the archive, which may be none."""
     names = _parse_names(item.names)
     if item.image.root is None and (by_digest := [name for name in names if name.digest]):
         names = [name for name in names if not name.digest]
@@ -148,7 +148,7 @@ def _leave_out_unnamed(images: list[NamedImage], found: list[FoundImage]) -> lis
     """Return the images that have a name; warn about the others.
 
     Raises:
-        InvalidArchive: if none has a name.
+        InvalidArchive: if no image has a name.
     """
     unnamed = [item for image, item in zip(images, found, strict=True) if not (image.names or image.repository)]
     if len(unnamed) == len(images) == 1:

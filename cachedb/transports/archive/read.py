@@ -1,7 +1,8 @@
-"""Read the images of a docker-archive, an OCI archive, an OCI image layout folder, or skopeo's directory format.
+"""Read the images of an archive or a folder.
 
-Nothing is copied: the content of an image is returned as sections of files. Archives are untrusted. Every name, link,
-size and document is checked, and an archive with one invalid part is refused.
+The formats are docker-archive, OCI archive, OCI image layout, and skopeo's directory format. Nothing is copied: the
+content of an image is returned as sections of files. Archives are untrusted. Every name, link, size and document is
+checked, and an archive with one invalid part is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ __all__ = ["read_images"]
 def read_images(files: Files, wanted: Wanted) -> list[NamedImage]:
     """Return the images of an archive that are wanted.
 
-    If an archive has both formats, this reads its OCI image layout, which keeps the digests, and from manifest.json
-    what index.json lacks.
+    An archive may have both index.json and manifest.json. Then this reads index.json first, which has the digests, and
+    takes from manifest.json what index.json lacks.
 
     Args:
         files: the files of the archive.
@@ -51,7 +52,7 @@ def read_images(files: Files, wanted: Wanted) -> list[NamedImage]:
 
 
 def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[str]]:
-    """Return the images of an archive, and the platforms of those that are not for the wanted platform."""
+    """Return the images for the wanted platform, and the platforms of the other images."""
     index, manifest = files.find("index.json"), files.find("manifest.json")
     if index is None and manifest is None:
         raise InvalidArchive(
@@ -78,7 +79,7 @@ def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[st
 def _add_docker_images(
     files: Files, found: list[FoundImage], document: object, wanted: Wanted, other_platforms: set[str]
 ) -> list[FoundImage]:
-    """Return the images of index.json with their names in manifest.json, and the images that only the latter lists.
+    """Add to the images of index.json their names in manifest.json, and the images only listed there.
 
     Args:
         files: the files of the archive.
@@ -117,9 +118,9 @@ def _add_docker_images(
 
 
 def _add_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> list[FoundImage]:
-    """Return images of index.json with their names in manifest.json, where these are unambiguous.
+    """Add to the images of index.json their names in manifest.json, unless these are ambiguous.
 
-    A name that both files have is spelled as in manifest.json, where Docker puts no registry in front.
+    If both files have a name, the spelling of manifest.json is used, because Docker writes no registry there.
 
     Args:
         found: the images in index.json.
@@ -141,7 +142,7 @@ def _add_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> li
 
 
 def _check_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> None:
-    """Raise `InvalidArchive` if no image has got a name in manifest.json, because several have its config."""
+    """Raise `InvalidArchive` if a name in manifest.json fits several images, which have the same config."""
     known = {qualify(text) for item in found for text in item.names}
     for text in (text for texts in tags.values() for text in texts if qualify(text) not in known):
         raise InvalidArchive(

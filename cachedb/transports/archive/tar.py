@@ -1,7 +1,7 @@
 """Read the members of a tar in POSIX's pax and ustar formats, with GNU's long names.
 
-This replaces the standard library's `tarfile`. In releases still in use, some malicious headers take it time and memory
-that grow with the square of their size.
+This replaces the standard library's `tarfile`. In Python releases that are still in use, some malicious headers cost
+`tarfile` time and memory that grow with the square of their size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAVE_AGAIN: Final = "save or download the archive again"
 """What to do about a damaged archive."""
 _HEADER_LIMIT = 1024 * 1024  # bytes of one extended header
 _HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes of all extended headers
-_NOT_A_TAR = "the archive is not a tar"
+_NOT_A_TAR = "the archive is not a tar: give a docker-archive, an OCI archive, or the folder of an image layout"
 
 
 class Member(NamedTuple):
@@ -70,7 +70,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
         if kind in (b"x", b"X", b"g", b"L", b"K"):
             extended_length += size + BLOCK
             if size > _HEADER_LIMIT or extended_length > _HEADERS_LIMIT:
-                raise InvalidArchive("the archive has a header of over 1 MiB, or too many: not an image")
+                raise InvalidArchive("the archive has extended headers that are too large: it is not an image")
             data = os.pread(descriptor, size, start)
             if len(data) < size:
                 raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}: {SAVE_AGAIN}")
@@ -111,7 +111,7 @@ def check_header(block: bytes, offset: int) -> None:
 def _parse_member(block: bytes, extended: dict[bytes, bytes], offset: int) -> Member:
     """Return the member that a header and the extended headers before it describe."""
     if any(key.startswith(b"GNU.sparse.") for key in extended):
-        raise InvalidArchive(f"the archive has a sparse file at byte {offset}: not an image")
+        raise InvalidArchive(f"the archive has a sparse file at byte {offset}: it is not an image")
     name, link, kind = block[:100], block[157:257], block[156:157]
     if block[257:263] == b"ustar\0" and block[345]:
         name = _parse_string(block[345:500]) + b"/" + _parse_string(name)
@@ -143,7 +143,7 @@ def _parse_extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]
             found[key] = value[:-1]
         position = end
     if kind == b"g" and found:
-        raise InvalidArchive(f"the archive sets one name or size for all members at byte {offset}: not an image")
+        raise InvalidArchive(f"the archive sets one name or size for all members at byte {offset}: it is not an image")
     return {key: value for key, value in found.items() if value}
 
 

@@ -1,4 +1,4 @@
-"""Limit the size of unpacked content, because a small archive from an attacker may unpack to terabytes."""
+"""Limit the size of unpacked content: an attacker's small archive may unpack to terabytes."""
 
 from __future__ import annotations
 

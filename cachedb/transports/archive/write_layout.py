@@ -1,4 +1,4 @@
-"""Write an image as an OCI image layout folder, or add it to one; or write a folder for skopeo's ``dir:``."""
+"""Write images into an OCI image layout folder, or one image into a folder for skopeo's ``dir:``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_layout(
 ) -> None:
     """Write a folder; the file that refers to all others is written last.
 
-    An existing image layout gains the image. In an existing folder of the format ``dir``, it replaces the image.
+    Images are added to an existing image layout. In an existing folder of the format ``dir``, the image is replaced.
 
     Args:
         directory: of the cache.
@@ -88,7 +88,7 @@ def write_layout(
                     raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
             for folder in (destination, *destination.glob("blobs/*")):
                 remove_leftovers(folder, parts)  # no other export is writing: earlier releases take the lock, too
-            # The marker first: a killed export leaves a folder of its format. The index last: its blobs are complete.
+            # Write the marker first, so that a killed export leaves a folder of its format, and the index last.
             blobs = []
             for entry in (marker, *others):
                 path = destination / entry.path
@@ -124,7 +124,7 @@ def write_layout(
 
 
 def _refuse_folder(destination: Path, index: Entry) -> CacheError:
-    """Return the error for a folder that holds something else than the format of its index."""
+    """Return the error for a folder that is neither empty nor of the wanted format."""
     if index.path == "index.json":
         return CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout: name another folder")
     return CacheError(
@@ -133,13 +133,16 @@ def _refuse_folder(destination: Path, index: Entry) -> CacheError:
 
 
 def _has_marker(destination: Path, marker: Entry) -> bool:
-    """Return whether a folder has the file that marks its format; many folders have a file called ``version``."""
+    """Return whether a folder has the file that marks its format.
+
+    The content of ``version`` is compared, because many folders have a file of that name.
+    """
     path = destination / marker.path
     return path.is_file() and (marker.path == "oci-layout" or path.read_bytes() == marker.content)
 
 
 def _remove_replaced(destination: Path, written: set[str]) -> None:
-    """Remove the files of the image that was in a folder for ``dir:`` before; its signatures fit no other image."""
+    """Remove the files of the image that was in a folder for ``dir:`` before, with its signatures."""
     for name in os.listdir(destination):
         if name not in written and _IN_DIR.fullmatch(name):
             with suppress(OSError):  # the export is complete
@@ -166,7 +169,7 @@ def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bo
 
 
 def _with_progress_notes(destination: Path, progress: Advance) -> Advance:
-    """Return a function that calls ``progress``, and sets the folder's modification time for processes that wait."""
+    """Return a function that calls ``progress``, and touches the folder for processes that wait."""
     noted = time.monotonic()
 
     def note(size: int) -> None:

@@ -30,9 +30,9 @@ _END: Final = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
 
 
 def write_tar(directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Advance) -> None:
-    """Write a tar to a stream or a file; a file appears once all of it is verified and on disk.
+    """Write a tar to a stream or a file; a file appears when all of it is verified and on disk.
 
-    If a blob is damaged, a stream never gets the end of the tar.
+    If a blob is damaged, the tar in a stream stays without its end, so that no reader accepts it.
 
     Args:
         directory: of the cache.

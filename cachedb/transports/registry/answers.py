@@ -80,7 +80,7 @@ def read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
 
 
 def to_one_line(text: object) -> str:
-    """Return untrusted text on one line of at most 200 characters, without secrets and urllib3's object reprs."""
+    """Return untrusted text on one line of at most 200 characters, without secrets and object reprs."""
     if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
         what, cause = text.args
         text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {to_one_line(cause)}"

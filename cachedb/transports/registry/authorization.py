@@ -1,4 +1,4 @@
-"""Get the authorization for a registry: a token from its token server, or the header of basic authentication.
+"""Get the authorization for a registry: a token, or the header of basic authentication.
 
 The token and OAuth2 specifications of distribution define the requests.
 """
@@ -82,7 +82,7 @@ class Authorization:
         """
         with self._lock:
             if self.header != sent:
-                return "changed"  # the new token may still lack our scope; then the caller asks again
+                return "changed"  # if the new token lacks our scope, the caller asks again
             if sent:
                 self._found.clear()  # what a helper gave may have expired
             header = self._answer(url, challenges, self._find_login())

@@ -1,8 +1,7 @@
 """Send HTTP requests to a registry, with authorization, redirects, proxies, certificates and retries.
 
 Answers are untrusted. Bodies are read up to a limit, and the receiver verifies content. Credentials are sent only to
-their registry and to the token server it names. Credentials are not sent to another host after a redirect. They never
-appear in an error.
+their registry and to the token server that it names, never to the target of a redirect. They never appear in an error.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ _MAX_WARNINGS = 20  # of one registry
 _WARNING = re.compile(r'(?:^|[\s,])299[ \t]+\S+[ \t]+"((?:[^"\\]|\\.)*+)"')  # RFC 7234, 5.5
 
 Body = bytes | str | Iterable[bytes]
-"""The body of a request. An iterable must start again at each iteration, because a retry sends the body again."""
+"""The body of a request; an iterable must start again at each iteration, for a retry."""
 
 
 class Client:
@@ -174,9 +173,9 @@ class Client:
                     raise self.refusal(what, response, is_token=is_token)
 
     def _find_challenges(self, response: urllib3.BaseHTTPResponse, sent: str, good: tuple[int, ...]) -> list[Challenge]:
-        """Return the challenges of an answer of the registry; empty if it need not be repeated with authorization.
+        """Return the challenges of an answer; empty if a repetition with authorization cannot help.
 
-        Some registries hide a private repository from the anonymous: they answer 403 or 404, or 401 without a
+        Some registries hide a private repository from anonymous requests: they answer 403 or 404, or 401 without a
         challenge. Their challenge is at the base URL.
         """
         if response.status == 401:

@@ -1,4 +1,4 @@
-"""Connect to a registry and the hosts it leads to, through proxies and with certificates; cancel connections."""
+"""Connect to a registry and the hosts that it names, with proxies and certificates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Connections"]
 
 _POLL_SECONDS: Final = 0.05  # between checks for a stop
 _MAX_CONNECTIONS: Final = 16  # kept open to one host
-# The kernel finds out in a minute that the server is gone, while a slow answer may take many minutes.
+# With keep-alive, the kernel notices in a minute that a server is gone. A slow answer may still take many minutes.
 _SOCKET_OPTIONS: Final = [
     *HTTPConnection.default_socket_options,
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -102,7 +102,7 @@ class Connections:
             return self._pools[key]
 
     def find_certificates(self, url: str, *, is_ours: bool) -> Certificates:
-        """Return the certificates of podman and Docker for a URL; see `get_pool`. Their folders are listed once."""
+        """Return the certificates for a URL, as in `get_pool`; the folders of each host are listed once."""
         host = None if is_ours else host_of(url)
         with self._guard:
             if host not in self._certificates:
@@ -132,8 +132,8 @@ class Connections:
 class _Connecting:
     """One attempt to connect, in a thread of its own.
 
-    If it is abandoned, only its thread closes the socket. TLS knows the socket by its number: closed by another
-    thread, the number could become that of a file opened since, and the handshake would be written into that file.
+    If it is abandoned, only its thread closes the socket. TLS writes to the number of the socket. If another thread
+    closed it, a new file could get that number, and the handshake would be written into that file.
     """
 
     def __init__(self, connect: Callable[[], None], close: Callable[[], None]) -> None:
@@ -154,14 +154,14 @@ class _Connecting:
             self._close()
 
     def abandon(self) -> None:
-        """Leave the connection to its thread, if that is not done."""
+        """Leave the connection to its thread, if the attempt is not complete."""
         self.is_abandoned = self.future.cancel()
 
 
 def _create_pool_classes(
     connect: Callable[[HTTPConnection, _Connecting], None],
 ) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3 pool classes by scheme. Each connection calls ``connect`` with itself and its attempt."""
+    """Return urllib3 pool classes by scheme; their connections call ``connect`` for each attempt."""
 
     class Plain(HTTPConnection):
         response_class = Response
@@ -182,7 +182,7 @@ def _create_pool_classes(
         def connect(self) -> None:
             self.connecting = _Connecting(super().connect, super().close)
             connect(self, self.connecting)
-            self.is_verified = True  # urllib3 would warn, but the user wants it
+            self.is_verified = True  # else urllib3 warns about a connection that the user chose not to verify
 
         def close(self) -> None:
             if self.connecting is None or not self.connecting.is_abandoned:

@@ -87,7 +87,7 @@ def _usual_files() -> Iterator[str]:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
         yield os.path.join(runtime, "containers/auth.json")
-    elif os.access(_SYSTEM_FOLDER, os.X_OK):  # else root has made it for itself, and no other user can log in there
+    elif os.access(_SYSTEM_FOLDER, os.X_OK):  # else only root can use the folder, so no login of this user is there
         yield f"{_SYSTEM_FOLDER}/{os.getuid()}/auth.json"
     yield os.path.join(os.environ.get("XDG_CONFIG_HOME") or f"{home}/.config", "containers/auth.json")
     yield os.path.join(os.environ.get("DOCKER_CONFIG") or f"{home}/.docker", "config.json")

@@ -71,7 +71,7 @@ class Download:
         self._look, self._looked, self._since_look = look, time.monotonic(), 0  # the last call, and the bytes since
         self._response: urllib3.BaseHTTPResponse | None = None
         self.resumed = offset
-        """How many bytes before the offset were not requested; 0 if the registry sent the blob from its beginning."""
+        """The bytes that were not downloaded again; 0 if the registry ignored the offset."""
         self._has_begun, self._url = False, url
         self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
         self._opened: float | None = None  # when the last request was sent; None after the first byte of its body
@@ -122,7 +122,7 @@ class Download:
         if not self._has_begun:
             self.resumed, self._has_begun = begins, True
         self._sender = self._response.url or self._sender
-        # Some stores call a compressed blob an encoded one; then its length is the blob's size.
+        # Some stores declare a compressed blob as an encoded body. Then the length is the blob's size.
         has_size = self._response.headers.get("Content-Length") == str(self._size)
         self._decodes = self._response.status == 200 and is_encoded(self._response) and not has_size
         while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
@@ -134,7 +134,7 @@ class Download:
             self._report_speed(len(data))
 
     def _note_begin(self) -> None:
-        """Do not count a long wait for the first byte: the registry may get the blob from elsewhere first."""
+        """Do not count a long wait for the first byte, when the registry may fetch the blob itself."""
         if self._opened is not None:
             waited, self._opened = time.monotonic() - self._opened, None
             if waited > _SHORT_WAIT_SECONDS:

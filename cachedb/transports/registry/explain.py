@@ -1,4 +1,4 @@
-"""Explain why a request failed, and name the host that failed: registry, token server, proxy or another."""
+"""Explain why a request failed, and which host: the registry, token server, proxy or another one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cachedb.transports.registry.urls import host_of
 __all__ = ["RETRY_STATUSES", "NoAnswer", "explain_no_answer", "explain_refusal", "is_final", "name_host"]
 
 
-# 520 to 524 are those of Cloudflare.
+# Cloudflare sends 520 to 524.
 RETRY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504, *range(520, 525)})
 """The statuses of failures that may be temporary."""
 
@@ -93,7 +93,7 @@ def explain_no_answer(
         place: the place of the repository.
         failure: the failure.
         certificates: returns the certificates that were used for a URL.
-        seconds: how long the answer was waited for.
+        seconds: how long the client waited for the answer.
         is_token: whether a token was requested.
     """
     host, error = _find_host(place, failure.url, is_token=is_token), failure.error

@@ -34,8 +34,8 @@ class SlowHead(http.client.HTTPException):
 class Response(http.client.HTTPResponse):
     """An answer with any number of headers, after any interim answers.
 
-    The timeout of the socket is for the first byte of the head, and of the body. After that, each read has a shorter
-    one, and a head has a limit.
+    The timeout of the socket applies to the first byte of the head, and to that of the body. Every later read has a
+    shorter timeout, and the whole head has one too.
     """
 
     def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - of http.client
@@ -46,7 +46,7 @@ class Response(http.client.HTTPResponse):
         """Read the head.
 
         Raises:
-            http.client.HTTPException: if it is too large, too slow, or none.
+            http.client.HTTPException: if it is too large, too slow, or not a head of HTTP.
             TimeoutError: if its first byte does not come in time.
             ConnectionError: if the server closes the connection before its end.
         """

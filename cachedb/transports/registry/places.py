@@ -74,7 +74,7 @@ def mirrors(origin: Place) -> list[Place]:
         scheme, separator, rest = mirror.rpartition("://")
         host, _, prefix = rest.strip("/").partition("/")
         if not registry or not host or not _has_valid_port(host) or (separator and scheme not in ("http", "https")):
-            raise InvalidName(f"CACHEDB_MIRRORS has {shorten(entry)}: expected REGISTRY=[http://]HOST[:PORT][/PREFIX]")
+            raise InvalidName(f"CACHEDB_MIRRORS has {shorten(entry)}: write REGISTRY=[http://]HOST[:PORT][/PREFIX]")
         if origin.registry == (HUB if registry in HUB_HOSTS else registry):
             path = f"{prefix}/{origin.repository}" if prefix else origin.repository
             found.append(build_place(host.lower(), path, plain_http=scheme == "http" if scheme else None))

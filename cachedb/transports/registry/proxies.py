@@ -62,7 +62,10 @@ def _read_variable(*names: str) -> tuple[str, str]:
 
 
 def _parse_proxy(variable: str, value: str) -> Proxy:
-    """Return the proxy of a variable: ``[http[s]://][USER[:PASSWORD]@]HOST[:PORT]``, with a percent-encoded login."""
+    """Return the proxy that a variable names: ``[http[s]://][USER[:PASSWORD]@]HOST[:PORT]``.
+
+    The login is percent-encoded.
+    """
     text = value if "://" in value else f"http://{value}"
     try:
         parts = parse_url(text)

@@ -1,4 +1,4 @@
-"""Hide in the text of servers the secrets that were sent to them."""
+"""Hide secrets that were sent to a server in the text that it answers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["format_basic", "redact", "remember", "remember_briefly"]
 
 
 _HIDDEN: Final = "***"
-_SHORT: Final = 4  # characters; a shorter secret is hidden only where it is a word of its own
-_MIN_PART: Final = 12  # characters of a secret that are hidden too
+_SHORT: Final = 4  # characters; a shorter secret is hidden only where it is a whole word
+_MIN_PART: Final = 12  # characters; a part of a secret that is at least so long is hidden too
 _RUN: Final = re.compile(r"[A-Za-z0-9+/_-]{6,}")  # text that may be base64 or hexadecimal
 
 _guard = threading.Lock()
@@ -31,14 +31,14 @@ def remember(secret: str) -> None:
 
 
 def remember_briefly(secret: str) -> None:
-    """Hide a secret that expires, such as a token or a part of a link, until many others have come."""
+    """Hide a secret that expires, such as a token or a part of a link, until many newer ones exist."""
     with _guard:
         if secret and secret not in _recent:
             _recent.append(secret)
 
 
 def format_basic(username: str, password: str) -> str:
-    """Return the value of a header with basic authentication (RFC 7617), and hide the secrets in it from now on."""
+    """Return the header value for basic authentication (RFC 7617), and remember its secrets."""
     encoded = base64.b64encode(f"{username}:{password}".encode()).decode()
     for secret in (password, encoded):
         remember(secret)
@@ -58,14 +58,14 @@ def redact(text: str) -> str:
         text = " ".join(
             _HIDDEN if any(secret in unquote_plus(word) for secret in long) else word for word in text.split(" ")
         )
-        if any(secret in unquote_plus(text) for secret in long):  # it has spaces
+        if any(secret in unquote_plus(text) for secret in long):  # a secret with spaces
             return _HIDDEN
     encoded = [secret.encode() for secret in long]
     return _RUN.sub(lambda run: _HIDDEN if _has_secret(run[0], long, encoded) else run[0], text)
 
 
 def _has_secret(run: str, secrets: list[str], encoded: list[bytes]) -> bool:
-    """Return whether a run of characters is a part of a secret, or has one encoded."""
+    """Return whether a run of characters is a part of a secret, or contains an encoded one."""
     if len(run) >= _MIN_PART and any(run in secret for secret in secrets):
         return True
     return any(secret in data for data in _decode(run) for secret in encoded)

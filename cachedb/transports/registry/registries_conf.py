@@ -1,4 +1,4 @@
-"""Read containers-registries.conf(5), the configuration of registries that podman, skopeo and buildah share.
+"""Read containers-registries.conf(5), which podman, skopeo and buildah share.
 
 This reads mirrors, locations, blocked and insecure registries, and aliases of short names, also from files of version
 1. It ignores ``unqualified-search-registries``: a name without a registry belongs to Docker Hub.
@@ -65,13 +65,13 @@ class Configuration(NamedTuple):
     aliases: Mapping[str, str]  # registry/repository by short name
 
     def find(self, name: str) -> Registry | None:
-        """Return the registry with the longest prefix of a name: ``registry/repository`` with its tag or digest."""
+        """Return the registry with the longest prefix of ``registry/repository:tag`` or ``@digest``."""
         found = max(self.registries.values(), key=lambda registry: _rank(registry, name), default=None)
         return found if found and found.match(name) else None
 
 
 def _rank(registry: Registry, name: str) -> tuple[int, int]:
-    """Rank by the length of the match; a host comes before a domain, and a longer domain before a shorter one."""
+    """Rank by the length of the match, then a host before a domain, then by the domain's length."""
     matched = registry.match(name)
     return matched, len(registry.prefix) if registry.prefix.startswith("*.") else len(name)
 
@@ -124,7 +124,7 @@ def _load(file: str) -> dict[str, Any]:
 
 
 def _invalid(file: str, why: str) -> RegistryError:
-    return RegistryError(f"{file!r} is no valid registries.conf: {why}: repair it, or remove it")
+    return RegistryError(f"{file!r} is not a valid registries.conf: {why}: repair it, or remove it")
 
 
 def _tables(document: Mapping[str, Any], key: str, file: str) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ class Repository:
             digest = _read_digest(response.headers) if response.status == 200 else None
         if digest is None:
             fetched = self.manifest(reference)
-            manifest_media_type(fetched.data, fetched.media_type)  # a page of the network is no manifest
+            manifest_media_type(fetched.data, fetched.media_type)  # raises for the login page of a network
             digest = fetched.digest or digest_of(fetched.data)
             self._fetched[digest] = fetched
         return digest
@@ -231,8 +231,8 @@ class Repository:
     def _request_referrers(self, url: str, what: str) -> urllib3.BaseHTTPResponse:
         """Request a page of referrers; raise `RegistryError` if the answer is no index.
 
-        A registry without the API may redirect to a host that answers 429 each time. So only the registry itself is
-        asked again after a failure.
+        A registry without the API may redirect to a host that always answers 429. So a retry asks only the registry
+        itself.
         """
         headers = {"Accept": OCI_INDEX}
         response = self._client.request("GET", url, what, headers, good=_ANSWERS)
@@ -389,7 +389,7 @@ class Repository:
             drain_after(self._client.request("GET", location, "an upload", {}, good=(204,))) as response,
         ):
             range_ = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", response.headers.get("Range", ""))
-            if range_ and 0 < int(range_[1]) < size:  # "0-0" may mean one byte or none
+            if range_ and 0 < int(range_[1]) < size:  # "0-0" is ambiguous: one byte or none
                 return self._client.follow(location, response.headers.get("Location", location)), int(range_[1]) + 1
         return None, 0
 
@@ -416,7 +416,7 @@ class Repository:
         with drain_after(self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data)) as response:
             stored, is_listed = _read_digest(response.headers), "OCI-Subject" in response.headers
             if response.status == 200 and stored is None:
-                raise self._client.refusal(what, response)  # the login page of a network gives such an answer
+                raise self._client.refusal(what, response)  # such as the login page of a network
         if stored is not None and stored != digest_of(data, stored):
             raise RegistryError(
                 f"{self.place.registry} stored {what} as {stored}, which is not its digest: check that it is a registry"
@@ -463,7 +463,7 @@ def _is_range(response: urllib3.BaseHTTPResponse, offset: int, size: int) -> boo
     sent = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", response.headers.get("Content-Range", "").strip())
     if sent is None or int(sent[1]) != offset:
         return False
-    # A range of an encoded body is useless. If the whole has the blob's size, it is not encoded, whatever it says.
+    # A range of an encoded body is useless. But if the total is the blob's size, the body is not really encoded.
     return sent[2] == str(size) or (sent[2] == "*" and not is_encoded(response))
 
 

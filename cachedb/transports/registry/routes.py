@@ -40,7 +40,7 @@ def pull_routes(name: Name, access: Access) -> list[Route]:
     origin = place(name, plain_http=access.plain_http)
     full = _format_reference(origin, name)
     registry, found, is_insecure = _find_allowed(configuration, full), mirrors(origin), False
-    # Mirrors have their own settings, but --tls-verify=true is for all.
+    # Mirrors have their own settings, but --tls-verify=true applies to all of them.
     of_mirrors = access._replace(plain_http=None, tls_verify=access.tls_verify or None, credentials=None)
     if registry:
         is_insecure, rest = registry.insecure, full[registry.match(full) :]

@@ -77,7 +77,7 @@ class Source:
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
         *mirrors, registry = pull_routes(wanted.exact_name, access)
         self.registry = Repository(*registry)
-        # A mirror is tried once, and not for long, because there is another place to ask.
+        # A mirror gets one short try, because there is another place to ask.
         self._mirrors = [
             Repository(where, how._replace(timeout=min(how.timeout, _MIRROR_SECONDS)), tries=1)
             for where, how in mirrors
@@ -107,8 +107,8 @@ class Source:
     def ask(self, call: Callable[[Repository], T]) -> T:
         """Call a function with each repository, mirrors first, until one succeeds.
 
-        A mirror that lacks the image is passed over. One that serves other content is not asked again by this pull. An
-        unavailable one is not asked again by any pull for five minutes, unless the registry is unavailable too.
+        A mirror that lacks the image is skipped. This pull does not ask a mirror again that serves other content. No
+        pull asks an unavailable mirror again for five minutes, unless the registry is unavailable too.
         """
         for mirror in self._mirrors:
             if mirror in self._skipped:
@@ -246,7 +246,7 @@ class Source:
     # Blobs
 
     def find_unavailable(self, layers: Iterable[Descriptor]) -> set[Digest]:
-        """Return the foreign layers that a pull leaves out: those that neither the mirrors nor the registry have.
+        """Return the foreign layers that a pull leaves out, because the registry lacks them.
 
         Args:
             layers: the foreign layers that are not stored.
@@ -276,7 +276,7 @@ class Source:
             if not is_fast:
                 single_flight.check_claim(self._directory, key)
                 return
-            with suppress(single_flight.ClaimLost):  # another process that pulls this image waits for our blobs
+            with suppress(single_flight.ClaimLost):  # the process that took over the image waits for our blobs
                 single_flight.show_progress(self._directory, self.key)
             single_flight.show_progress(self._directory, key)
 
@@ -314,11 +314,11 @@ class Source:
             except DigestMismatch:
                 if not has_part:
                     raise
-                return fetch_from_any()  # a power cut may have damaged the earlier part: start again without it
+                return fetch_from_any()  # the earlier part may be damaged, as by a power cut: start again without it
 
 
 class _ChunkObserver:
-    """Calls a function for every chunk of a download, including the earlier part, which is read again."""
+    """Calls a function for every chunk of a download; the part from an earlier download is read again."""
 
     def __init__(self, look: Callable[[bool], None]) -> None:
         self._look = look
@@ -337,7 +337,7 @@ def _receive(
     advance: Advance,
     look: Callable[[bool], None],
 ) -> Content:
-    """Receive a download into a file in an open folder, whose first ``done`` bytes the file has already."""
+    """Receive a download into a file in an open folder; the file has its first ``done`` bytes already."""
     advance(done)
 
     def count(new: int) -> None:

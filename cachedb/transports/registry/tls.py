@@ -29,10 +29,10 @@ class Certificates(NamedTuple):
 
 
 def find_certificates(registry: str, host: str | None = None) -> Certificates:
-    """Return the certificates of podman and Docker for a registry, or for a host that the registry leads to.
+    """Return the certificates of podman and Docker for a registry, or for a host that it names.
 
     The authorities of a registry are also trusted for its token server and its blob store. Its client certificates are
-    shown to itself only.
+    shown only to the registry itself.
 
     Args:
         registry: the registry's ``host[:port]``.
@@ -83,7 +83,7 @@ def make_tls_context(certificates: Certificates, *, verify: bool = True) -> ssl.
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     for path in certificates.authorities:
-        if reason := _load_authority(context, path):  # like podman and Docker, go on with the other files
+        if reason := _load_authority(context, path):  # podman and Docker also go on with the other files
             LOG.warning("%r is not used: %s", str(path), reason)
     for path in certificates.clients:
         try:

@@ -1,4 +1,4 @@
-"""Send a blob's file as the bodies of requests; content that does not match its digest is never sent whole."""
+"""Send a blob's file in request bodies, the last bytes only if the whole digest matches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VerifiedFile:
             DigestMismatch: if these are the last bytes and the content does not match the digest.
             StorageError: if the file cannot be read or is too short.
         """
-        while self._hashed < start:  # a registry may claim to have more than we sent
+        while self._hashed < start:  # a registry may claim to have more bytes than were sent
             self._hash(self._hashed, self._read(self._hashed, min(CHUNK_BYTES, start - self._hashed)))
         data = self._read(start, count)
         self._hash(start, data)

@@ -383,7 +383,7 @@ def test_a_referrer_that_is_not_whole_is_left_out_with_a_warning(
     blobs = [*AMD.blobs.values(), b"{}", *({"manifest": sbom, "listing": listing}[name] for name in present)]
     assert import_files(cache, layout_of(*entries, blobs=blobs)) == ["app:1"]
     assert list_digests(cache, "app:1") == list(AMD.blobs)
-    assert f"refers to {AMD.digest}, and is not whole in the archive" in caplog.text
+    assert f"refers to {AMD.digest}, and the archive lacks a part of it" in caplog.text
 
 
 # Embedded content

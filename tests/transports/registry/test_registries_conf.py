@@ -184,5 +184,7 @@ def test_the_files_are_read_in_order(etc: Path, user: Path, tmp_path: Path, monk
 )
 def test_an_invalid_file_is_named(etc: Path, text: str, why: str) -> None:
     (etc / "registries.conf").write_bytes(text.encode("latin-1"))
-    with pytest.raises(RegistryError, match=rf"^'{etc}/registries.conf' is no valid registries.conf: .*{why}.*repair"):
+    with pytest.raises(
+        RegistryError, match=rf"^'{etc}/registries.conf' is not a valid registries.conf: .*{why}.*repair"
+    ):
         read_configuration()
