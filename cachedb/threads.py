@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from cachedb.errors import CacheError
 from cachedb.progress import Advance
 from cachedb.reentry import on_behalf_of
 
-__all__ = ["at_low_priority", "in_threads", "report_in_thread", "start"]
+__all__ = ["ThreadGroup", "at_low_priority", "in_threads", "report_in_thread", "start"]
 
 
 T = TypeVar("T")
@@ -38,6 +39,82 @@ def start(thread: threading.Thread) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+class ThreadGroup:
+    """Threads that have ended when the block ends, whatever signal handlers raise.
+
+    The threads may use descriptors that the caller closes next. Other files get their numbers then, and a thread that
+    still ran would write into them. `Thread.join` does not prevent this: if a signal handler raises in it, Python 3.11
+    and 3.12 take the thread for ended.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        """Set when the threads should end early."""
+        self._process, self._caller = os.getpid(), threading.get_ident()
+        self._threads: list[threading.Thread] = []
+        self._failures: list[BaseException] = []
+        self._begun, self._ended, self._wake = list[None](), list[None](), SimpleQueue[None]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() != self._process:
+            return  # a signal handler has forked, and the child has no such threads
+        raised: BaseException | None = None
+        while True:
+            try:
+                self.stopped.set()
+                # A thread that begins after this line sees that it is stopped, and does nothing.
+                if len(self._ended) >= len(self._begun):
+                    break
+                self._await_end()
+            except BaseException as again:
+                raised = again
+        for thread in self._threads:
+            thread.join()
+        if raised is not None:
+            raise raised
+
+    def start(self, run: Callable[[], None]) -> bool:
+        """Start a thread that calls a function; return False if no thread can start."""
+
+        def run_in_thread() -> None:
+            self._begun.append(None)
+            try:
+                if not self.stopped.is_set():
+                    with on_behalf_of(self._caller):
+                        run()
+            except BaseException as error:
+                self._failures.append(error)
+            finally:
+                self._ended.append(None)
+                self._wake.put(None)
+
+        thread = threading.Thread(target=run_in_thread)
+        if not start(thread):
+            return False
+        self._threads.append(thread)
+        return True
+
+    def wait(self) -> None:
+        """Wait until all threads have ended; raise the first failure of a thread at once."""
+        while len(self._ended) < len(self._threads) and not self._failures:
+            self._await_end()
+        if self._failures:
+            raise self._failures[0]
+
+    def _await_end(self) -> None:
+        """Wait until a thread ends, or for a short time.
+
+        A signal does not end a wait if it comes to another thread, or just before the wait begins.
+        """
+        with suppress(Empty):
+            self._wake.get(timeout=_SIGNAL_SECONDS)
 
 
 @contextmanager
@@ -84,16 +161,6 @@ def report_in_thread(progress: Callable[..., object] | None) -> Iterator[Callabl
         raise raised[0]
 
 
-def _get(queue: SimpleQueue[T]) -> T:
-    """Return the next item of a queue.
-
-    A signal does not end a wait if it comes to another thread, or just before the wait begins.
-    """
-    while True:
-        with suppress(Empty):
-            return queue.get(timeout=_SIGNAL_SECONDS)
-
-
 def in_threads(
     work: Callable[[T, Advance], R],
     items: Iterable[T],
@@ -117,58 +184,38 @@ def in_threads(
     count = threads or os.cpu_count() or 1
     if isinstance(items, Sized):
         count = min(count, len(items))
-    rest, guard, stopped = enumerate(items), threading.Lock(), threading.Event()
+    rest, guard = enumerate(items), threading.Lock()
     done: dict[int, R] = {}
+    with ThreadGroup() as group:
 
-    def report(count: int) -> None:
-        if stopped.is_set():
-            raise CacheError("cancelled: work in another thread failed")
-        advance(count)
+        def report(count: int) -> None:
+            if group.stopped.is_set():
+                raise CacheError("cancelled: work in another thread failed")
+            advance(count)
 
-    def run() -> None:
-        # Each thread takes its next item itself: a queue between threads costs more time than copying a small blob.
-        while not stopped.is_set():
-            with guard:
-                try:
-                    number, item = next(rest)
-                except StopIteration:
-                    return
-            done[number] = work(item, report)
+        def run() -> None:
+            # Each thread takes its next item itself: a queue between threads costs more time than copying a small blob.
+            while not group.stopped.is_set():
+                with guard:
+                    try:
+                        number, item = next(rest)
+                    except StopIteration:
+                        return
+                done[number] = work(item, report)
 
-    failures, ended, caller = list[BaseException](), SimpleQueue[None](), threading.get_ident()
-
-    def run_in_thread() -> None:
         try:
-            with on_behalf_of(caller):
+            is_started = False
+            for _ in range(count):
+                if not group.start(run):
+                    break
+                is_started = True
+            if not is_started:
                 run()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            ended.put(None)
-
-    threads_begun: list[threading.Thread] = []
-    try:
-        for _ in range(count):
-            thread = threading.Thread(target=run_in_thread)
-            threads_begun.append(thread)
-            if not start(thread):
-                threads_begun.pop()
-                break
-        if not threads_begun:
-            run()
-        for _ in threads_begun:
-            _get(ended)
-            if failures:
-                raise failures[0]
-    except BaseException:
-        stopped.set()
-        if stop is not None:
-            stop()
-        raise
-    finally:
-        for thread in threads_begun:
-            with suppress(RuntimeError):  # not started: an interrupt came first
-                thread.join()
+            group.wait()
+        except BaseException:
+            if stop is not None:
+                stop()
+            raise
     return [done[number] for number in sorted(done)]
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from cachedb import threads
 from cachedb.progress import Advance, sum_progress
-from cachedb.threads import at_low_priority, in_threads, report_in_thread
+from cachedb.threads import ThreadGroup, at_low_priority, in_threads, report_in_thread
+from tests.support.interrupts import interrupts
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -88,7 +89,7 @@ def test_an_interrupt_is_raised_even_if_its_signal_did_not_end_the_wait() -> Non
         raise KeyboardInterrupt
 
     def work(_: int, __: Advance) -> None:
-        while sys._current_frames()[caller].f_code is not threads._get.__code__:
+        while sys._current_frames()[caller].f_code is not ThreadGroup._await_end.__code__:
             time.sleep(0)
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # to this thread, so the caller keeps waiting
         in_time.append(interrupted.wait(10))
@@ -100,6 +101,40 @@ def test_an_interrupt_is_raised_even_if_its_signal_did_not_end_the_wait() -> Non
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert in_time == [True]
+
+
+def test_more_interrupts_leave_no_thread_behind() -> None:
+    with interrupts() as sent, pytest.raises(KeyboardInterrupt):
+        in_threads(lambda _, __: sent.send(), [1], sum_progress(0, None))
+    assert sent.outlived == [False]
+
+
+def test_a_child_that_a_signal_handler_forks_does_not_wait_for_threads() -> None:
+    children = list[int]()
+
+    def fork(_number: int, _frame: object) -> None:
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                signal.alarm(60)  # ends the child if it waits
+                raise KeyboardInterrupt
+
+    def work(_: int, __: Advance) -> None:
+        while not children:
+            signal.pthread_kill(caller, signal.SIGUSR1)
+            time.sleep(0.01)
+
+    caller, process = threading.get_ident(), os.getpid()
+    before = signal.signal(signal.SIGUSR1, fork)
+    try:
+        in_threads(work, [1], sum_progress(0, None))
+    except KeyboardInterrupt:
+        os._exit(7)
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
+        signal.signal(signal.SIGUSR1, before)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
 
 
 def test_progress_is_the_sum_over_all_threads() -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -48,7 +47,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
 from cachedb.oci.names import Name
-from cachedb.threads import start
+from cachedb.threads import ThreadGroup
 
 __all__ = [
     "Collected",
@@ -279,11 +278,12 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
         folders: of the cache.
         left: gets the files that cannot be unlinked.
     """
-    started: list[threading.Thread] = []
-    failures: list[BaseException] = []
+    group = ThreadGroup()
 
     def unlink(names: list[str]) -> None:
         for name in names:
+            if group.stopped.is_set():
+                return
             try:
                 os.unlink(name, dir_fd=trash)
             except FileNotFoundError:
@@ -293,25 +293,8 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
             except OSError as error:
                 left.append(Leftover(folders.directory / "trash" / name, explain(error)))
 
-    def unlink_in_thread(names: list[str]) -> None:
-        try:
-            unlink(names)
-        except BaseException as error:
-            failures.append(error)
-
-    def join() -> None:
-        while started:
-            with suppress(RuntimeError):  # an interrupt came before the thread started
-                started[-1].join()
-            started.pop()
-
-    def finish() -> None:
-        join()
-        if failures:
-            raise failures.pop()
-
     def start_unlinking() -> None:
-        finish()
+        group.wait()
         left.clear()  # the listing below finds them again
         names = [name for name in list_names(trash) if trash_digest(name)]
         if len(names) <= _FEW_FILES:
@@ -319,17 +302,12 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
             return
         for first in range(_UNLINK_THREADS):
             share = names[first::_UNLINK_THREADS]
-            started.append(threading.Thread(target=unlink_in_thread, args=(share,)))
-            if not start(started[-1]):
-                started.pop()
+            if not group.start(partial(unlink, share)):
                 unlink(share)
 
-    with os_errors("empty the trash"), folders.open("trash") as trash:
-        try:
-            yield start_unlinking
-            finish()
-        finally:
-            join()
+    with os_errors("empty the trash"), folders.open("trash") as trash, group:
+        yield start_unlinking
+        group.wait()
 
 
 def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:

@@ -24,6 +24,7 @@ from cachedb.oci.digests import Digest
 from tests.conftest import files_of, running, snapshot, stored_rows
 from tests.content.test_session import LIVING
 from tests.disk.test_locks import is_free
+from tests.support.interrupts import interrupts
 from tests.support.make import digest_of, image, oci_files, save, write
 
 
@@ -263,6 +264,25 @@ def test_a_failure_in_a_thread_that_unlinks_reaches_the_caller(
     with pytest.raises(MemoryError, match="no memory for the name"):
         collect.empty_trash(index)
     monkeypatch.undo()  # pytest deletes the folder
+
+
+def test_an_interrupt_leaves_no_thread_that_unlinks(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trash, unlink = cache.directory / "trash", os.unlink
+    for number in range(200):
+        (trash / f"sha256-{number:064x}").touch()
+
+    def interrupt(path: str, *, dir_fd: int | None = None) -> None:
+        if first.acquire(blocking=False):
+            sent.send()
+        unlink(path, dir_fd=dir_fd)
+
+    first = threading.Lock()
+    monkeypatch.setattr(os, "unlink", interrupt)
+    with interrupts() as sent, pytest.raises(KeyboardInterrupt):
+        collect.empty_trash(index)
+    assert sent.outlived == [False]
 
 
 def test_a_collection_frees_the_files_of_a_batch_before_the_next(cache: Cache, index: Database) -> None:
