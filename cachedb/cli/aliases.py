@@ -1,4 +1,4 @@
-"""Define the hidden commands that take the options of docker and podman: images, rmi, load, save, version."""
+"""Define the hidden commands of docker and podman: images, rmi, load, save, version."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _load(**options: Any) -> None:  # noqa: ANN401 - the options of `import`
 def _save(**options: Any) -> None:  # noqa: ANN401 - the options of `export`
     """Run `export`, which writes to stdout if no file is given."""
     if options["output"] is None:
-        options["output"] = "-"  # so that the last name is no file
+        options["output"] = "-"  # else `export` would take the last name for a file
     click.get_current_context().invoke(export, **options)
 
 

@@ -60,16 +60,16 @@ __all__ = ["export", "import_"]
 @click.option(
     "--repository",
     metavar="REPOSITORY",
-    help="The repository of images that have only a tag in the archive, or no name; the latter are named by digest. "
-    "NAME with a colon at its end does the same.",
+    help="The repository for images that have only a tag in the archive, and for images without a name, which are "
+    "named by digest. NAME with a colon at its end does the same.",
 )
 @click.option(
     "--select",
     metavar="NAME|DIGEST",
-    help="Import one image: a name in the archive, or a manifest or config by digest or its first 12 digits.",
+    help="Import one image: its name in the archive, or the digest of its manifest or config, or 12 digits of it.",
 )
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Import only this platform of each image.")
-@click.option("--no-replace", is_flag=True, help="Refuse the archive if one of its names belongs to another image.")
+@click.option("--no-replace", is_flag=True, help="Refuse an archive that would replace an image in the cache.")
 @click.option(
     "--link", is_flag=True, help="Hard-link a layout's files instead of copying them. Do not write to them afterwards."
 )
@@ -100,7 +100,8 @@ def import_(
     """Import the images of an archive under the names stored in it.
 
     SOURCE is a docker-archive, an OCI archive, an OCI image layout folder, a folder of skopeo's dir:, or - for stdin.
-    Archives may be compressed. A transport of skopeo may stand in front, as in oci:PATH[:TAG]; TAG selects an image.
+    Archives may be compressed. SOURCE may begin with a transport of skopeo, as in oci:PATH[:TAG]. TAG then selects an
+    image.
 
     NAME replaces the name in an archive of one image. NAME with a colon at its end is a repository for tags that have
     none. A warning on stderr names what is not imported, and what is replaced.
@@ -194,12 +195,12 @@ def export(
     filters: Filters | None,
     ignore_missing: bool,
 ) -> None:
-    """Export an image, or several, to one archive or folder.
+    """Export one or several images to one archive or folder.
 
-    DEST is a file, a folder for oci-dir and dir, or - for stdout. A transport of skopeo in front sets the format, as
-    in oci-archive:PATH[:TAG]; the others are oci:, docker-archive: and dir:. TAG is the name in the archive. An
-    existing file is replaced only by a complete archive. An existing image layout gains the images. The same image
-    gives the same bytes on all hosts of one platform.
+    DEST is a file, a folder for oci-dir and dir, or - for stdout. It may begin with a transport of skopeo, which sets
+    the format: oci-archive:PATH[:TAG], oci:, docker-archive: or dir:. TAG is the name in the archive. An existing file
+    is replaced only by a complete archive. Images are added to an existing image layout. The same image gives the same
+    bytes on all hosts of one platform.
     """
     names, destination = _split_destination(names, output, is_selected=filters is not None)
     check_selection(names, filters, ignore_missing=ignore_missing)
@@ -235,7 +236,7 @@ def export(
 
 
 def _split_destination(names: tuple[str, ...], output: str | None, *, is_selected: bool) -> tuple[tuple[str, ...], str]:
-    """Return the names and the destination; the latter is the last argument, unless it is given with -o.
+    """Return the names and the destination, which is the last argument unless -o gives it.
 
     Args:
         names: the arguments.

@@ -28,7 +28,7 @@ class Field(NamedTuple):
     column: str  # its name in tables, --columns and templates, which take the key too
     show: Callable[[Any], str] = str  # formats a value for people
     right: bool = False  # whether the column is aligned to the right
-    place: int = 1  # 0: printed only if chosen; 1: printed; a higher one is left out first on a narrow terminal
+    place: int = 1  # 0: printed only if chosen; 1: always printed; a narrow terminal leaves out the highest first
     missing: str = "-"  # what people see if there is no value
 
 
@@ -62,12 +62,12 @@ IMAGE_FIELDS: Final = (
 
 def describe_image(image: ImageInfo) -> dict[str, Any]:
     """Return the fields of an image, as its JSON has them; ``created_at`` is the old name of ``added_at``."""
-    platform = image.platform if image.os and image.architecture else None  # several may agree on one part only
+    platform = image.platform if image.os and image.architecture else None  # several platforms may share one part
     return {"name": str(image.name), **image._asdict(), "platform": platform, "created_at": image.added_at}
 
 
 def _choose_fields(found: Iterable[ImageInfo]) -> list[Field]:
-    """Return the fields for a table of images; pins and lifetimes have a column if one of the images has any."""
+    """Return the fields for a table of images, with pins and lifetimes only if an image has any."""
     used = {key for key in ("pinned", "expires_at") if any(getattr(image, key) for image in found)}
     return [field._replace(place=1) if field.key in used else field for field in IMAGE_FIELDS]
 
@@ -147,7 +147,7 @@ def _print_table(
     """Print a table; unless its columns were chosen, leave out some that do not fit on the terminal."""
     columns = {field.key: [_show(field, record, field.missing) for record in records] for field in fields}
     if not is_chosen and sys.stdout.isatty():
-        # Without any that fits, print all: each value then gets its own line.
+        # If no choice of columns fits, print all of them: each value then gets its own line.
         places = sorted({field.place for field in fields}, reverse=True)
         choices = [[field for field in fields if field.place <= place] for place in places]
         fields = next((chosen for chosen in choices if _fits(chosen, columns)), fields)
@@ -186,7 +186,9 @@ _ACTION: Final = re.compile(r"\{\{\s*(json\s+)?\.(\w*)\s*\}\}")
 
 
 def _print_template(records: Sequence[Mapping[str, Any]], fields: Sequence[Field], output: Output) -> None:
-    """Print a line for each record, as docker does for a Go template; ``table TEMPLATE`` prints a table of its columns.
+    """Print a line for each record, as docker does for a Go template.
+
+    ``table TEMPLATE`` prints a table of the columns in the template.
 
     Raises:
         InvalidQuery: if the template is invalid, or names another column.
@@ -208,7 +210,10 @@ def _print_template(records: Sequence[Mapping[str, Any]], fields: Sequence[Field
 
 
 def _make_action(fields: Sequence[Field], name: str, *, is_json: bool) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that formats a record, or its column, as JSON; or a column as a table does, a digest whole."""
+    """Return a function that formats a column of a record, as in a table but with whole digests.
+
+    For JSON, it formats the column as JSON, or the whole record if the name is empty.
+    """
     if is_json and not name:
         return format_json
     field = _find_field(fields, name)

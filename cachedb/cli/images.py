@@ -69,7 +69,10 @@ def ls(names: tuple[str, ...], filters: Filters | None, output: Output, quiet: b
 
 
 def _read_platforms(cache: Cache) -> dict[str, list[str]]:
-    """Return the platforms of each image, by name; reading them takes longer than the rest of a list of images."""
+    """Return the platforms of each image, by name.
+
+    To read them takes longer than to read the rest of a list of images.
+    """
     found: dict[str, list[str]] = {}
     with cache.sql("SELECT name, os, architecture, variant FROM platforms") as answer:
         for name, *parts in answer.rows:
@@ -179,7 +182,7 @@ def exists(name: str) -> None:
     from cachedb.index.filters import has_short_digest
 
     if parse_digest_prefix(name) is None and not has_short_digest(name):
-        Name.parse(name)  # an invalid name is wrong usage, also without a cache
+        Name.parse(name)  # an invalid name is wrong usage, even without a cache
     with open_cache() as cache:
         is_stored = (parse_digest_prefix(name) and cache.has_blob(name)) or cache.is_image_complete(name)
     if not is_stored:
@@ -198,10 +201,10 @@ def exists(name: str) -> None:
 @filter_options
 @ignore_missing_option
 def tag(source: str, target: str, filters: Filters | None, ignore_missing: bool) -> None:
-    """Give an image another name, or several images.
+    """Give one or several images another name.
 
     SOURCE may be a pattern. Then each * of TARGET becomes what the * of SOURCE matched. If TARGET already names an
-    image, the name moves from that image to this one. It keeps its pin, and gets no lifetime.
+    image, the name moves from that image to this one. The name keeps its pin, and gets no lifetime.
     """
     with open_cache() as cache:
         cache.tag_images(source, target, filters=filters, ignore_missing=ignore_missing)
@@ -263,8 +266,8 @@ def rm(
     """Remove images and free the blobs that only they used.
 
     If one of the names is not in the cache, or a pattern matches no image, none is removed. --filter without names
-    selects from all images. Images are selected and removed at one moment, so none is removed that has just been used.
-    With --ignore-missing, no names are allowed too, and remove nothing.
+    selects from all images. Images are selected and removed at one moment, so an image that was just used stays. With
+    --ignore-missing, the names may be missing too; then nothing is removed.
     """
     check_selection(names, filters, ignore_missing=ignore_missing)
     with open_cache() as cache:

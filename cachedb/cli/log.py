@@ -1,4 +1,4 @@
-"""Print the library's log on stderr: warnings, waits and automatic prunes, and with --verbose everything."""
+"""Print the library's log on stderr: warnings, waits, automatic prunes; with --verbose everything."""
 
 from __future__ import annotations
 

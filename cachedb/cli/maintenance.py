@@ -153,12 +153,11 @@ def gc(dry_run: bool, form: str) -> None:
 @format_option
 @quiet_option("the digests of damaged blobs")
 def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
-    """Check that files match their digests, the index is sound, and both agree.
+    """Check that files match their digests, that the index is sound, and that both agree.
 
     The exit code is 1 if there are problems, even if they were repaired. A damaged blob is listed with the images that
-    have it. An image that lost a blob is incomplete until
-    it is imported or pulled again. With --repair, a lost or damaged index is rebuilt from its readable parts, the
-    newest backup, and the blobs.
+    have it. An image that lost a blob is incomplete until it is imported or pulled again. With --repair, a lost or
+    damaged index is rebuilt from its readable parts, the newest backup, and the blobs.
     """
     with open_cache(damaged=True) as cache, show_progress("verifying", quiet=quiet) as progress:
         found = cache.verify(quick=quick, repair=repair, progress=progress)

@@ -57,7 +57,10 @@ def format_examples(*lines: str) -> str:
 
 
 def complete_with(function: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
-    """Return a completion by a function of `shell_completion`, which is imported only when a shell asks for it."""
+    """Return a completion that calls a function of `shell_completion`.
+
+    The module is imported only when a shell asks for completions.
+    """
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from cachedb.cli import shell_completion
@@ -167,7 +170,10 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_selection(names: Sequence[str], filters: Filters | None, *, ignore_missing: bool) -> None:
-    """Fail with a usage error if neither names nor conditions are given; an empty list of names may be missing."""
+    """Fail with a usage error if neither names nor conditions are given.
+
+    With ``ignore_missing``, there may be no names.
+    """
     if not names and not ignore_missing and not (filters and filters.has_conditions):
         raise click.UsageError("expected names, patterns or --filter: '*' selects all images")
 
@@ -208,7 +214,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     options = (
         click.option(
-            "--columns", metavar="NAME,...", help="The columns to print; the error for an unknown column lists all."
+            "--columns", metavar="NAME,...", help="The columns to print; an unknown one gives an error that lists all."
         ),
         click.option(
             "--format",

@@ -18,7 +18,7 @@ class OtherCommand(click.UsageError):
 
 
 ALIASES = ("images", "rmi", "load", "save", "version")
-"""The hidden commands of `aliases`, which take other options or arguments than the command that they run."""
+"""The hidden commands of `aliases`; their options differ from those of the commands that they run."""
 
 _SAME = {
     "list": "ls",
@@ -117,7 +117,7 @@ _OTHERS = {
     "image": "use `cachedb ls`, `cachedb show`, `cachedb rm` or another command of `cachedb --help`",
     "system": "use `cachedb df`, `cachedb gc` or `cachedb verify`",
 }
-"""Commands of other tools, and what to use instead. A key of two words takes precedence over one of one word."""
+"""Commands of other tools, and what to use instead; a key of two words goes before one of one."""
 
 _OPTIONS = {
     ("ls", "--no-trunc"): "use `cachedb ls --format json`, which prints whole digests",
@@ -132,7 +132,7 @@ _OPTIONS = {
     ("verify", "--remote"): "use `cachedb pull NAME`, which verifies every blob",
     ("show", "--no-trunc"): "use `cachedb show --format json NAME`, which cuts nothing",
 }
-"""Our command and an option that other tools give it, and what to use instead."""
+"""A command of ours with an option that other tools have, and what to use instead."""
 
 _OURS_TOO = {"manifest"}  # first words that are also commands of ours: an image's name may follow them
 _ARCHIVE = re.compile(r"\.(tar|tgz|tar\.\w+)$")
@@ -164,7 +164,7 @@ def check_arguments(command: click.Command, words: list[str]) -> None:
         words: its name, options and arguments.
 
     Raises:
-        OtherCommand: if they do; the message names the command to use.
+        OtherCommand: if they have that meaning; the message names the command to use.
     """
     adviser = _ADVISERS.get(words[0])
     if adviser is not None and (advice := adviser(_list_arguments(command, words[1:]))):

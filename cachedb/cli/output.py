@@ -65,7 +65,7 @@ def format_json(value: object) -> str:
 
 
 def to_json(value: object) -> object:
-    """Return a value that JSON lacks in another form: a time as in the index, bytes as hexadecimal digits."""
+    """Convert a value for JSON: a time to text as in the index, bytes to hexadecimal digits."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, bytes):
@@ -99,7 +99,7 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    # The gaps are columns, because rich before 15 also pads the outer edges, so that a table that fits is folded.
+    # The gaps are columns of their own: rich before 15 would also pad the outer edges, and fold a table that fits.
     table = Table(box=None, padding=0, header_style="bold", show_header=header)
     for number, (column, heading, width) in enumerate(zip(columns, headings, widths, strict=True)):
         if number:

@@ -34,7 +34,7 @@ _TEMPLATE = """\
 #[[keep]]                  # a keep always wins
 #names = ["base/*", "re:^release-"]
 
-#[[remove]]                # without such a rule, nothing is removed by its age
+#[[remove]]                # without such a rule, no image is removed for its age
 #repository = "ci/*"
 #unused-for = "7d"
 """
@@ -42,7 +42,7 @@ _TEMPLATE = """\
 
 @click.group(epilog=format_examples("cachedb policy edit", "cachedb policy show"))
 def policy() -> None:
-    """Show, check and edit the policy of the cache: what to keep, what to remove, and the limits of its size.
+    """Show, check and edit the policy of the cache: what to keep, what to remove, and the limits.
 
     It is the file policy.toml in the cache directory.
     """
@@ -126,8 +126,8 @@ def _check_text(text: str, source: str) -> Policy:
 def policy_edit() -> None:
     """Edit the policy in $VISUAL or $EDITOR.
 
-    The result is installed only if it is valid; else an error names the file that has it. The editor gets a copy, so no
-    process sees a half-written policy.
+    The edited policy is installed only if it is valid. Otherwise an error names the file that contains it. The editor
+    gets a copy, so no process sees a half-written policy.
     """
     from cachedb.operations.policy_file import read_policy
 

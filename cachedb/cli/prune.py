@@ -55,7 +55,7 @@ class _LimitParameter(_Parameter):
 
 
 class _Wishes(NamedTuple):
-    """What the options say."""
+    """The values of the options."""
 
     max_size: int | None = None  # bytes
     min_free: int | float | None = None  # bytes, or a fraction
@@ -83,26 +83,29 @@ class _Wishes(NamedTuple):
     )
 )
 @click.option(
-    "--max-size", metavar="SIZE", type=_LimitParameter("size"), help="The most bytes of all files of the cache."
+    "--max-size", metavar="SIZE", type=_LimitParameter("size"), help="The most that all files of the cache may take."
 )
 @click.option(
     "--min-free",
     metavar="PERCENT|SIZE",
     type=_LimitParameter("percentage or size"),
-    help="The least free space of the file system.",
+    help="The space that must be free on the file system.",
 )
 @click.option(
     "--down-to",
     metavar="PERCENT",
     type=_LimitParameter("percentage"),
-    help="If the cache exceeds --max-size, go down to this part of it.  [default: 100%]",
+    help="If the cache exceeds --max-size, remove images down to this part of it.  [default: 100%]",
 )
 @click.option("--to-free", metavar="SIZE", type=_LimitParameter("size"), help="Free at least this many bytes now.")
 @click.option(
     "--unused-for", metavar="TIME", type=DurationParameter(), help="Remove images that were not used for TIME."
 )
 @click.option(
-    "--added-before", metavar="TIME", type=DurationParameter(), help="Remove images whose names came here before TIME."
+    "--added-before",
+    metavar="TIME",
+    type=DurationParameter(),
+    help="Remove images whose names came here TIME ago or earlier.",
 )
 @click.option(
     "--filter",
@@ -219,7 +222,7 @@ def _make_rule(wishes: _Wishes) -> Remove | None:
     others = (filters.base, filters.digest, filters.pinned, filters.expired)
     if any(other is not None for other in others) or len(filters.platforms) > 1:
         raise click.UsageError(
-            "--filter takes neither base, digest, pinned, expired nor several platforms: write a rule with sql"
+            "--filter takes neither base, digest, pinned, expired nor several platforms: write a policy rule with sql"
         )
     age = None if filters.added_before is None else (datetime.now(UTC) - filters.added_before).total_seconds()
     rule = Remove(
@@ -233,7 +236,10 @@ def _make_rule(wishes: _Wishes) -> Remove | None:
 
 
 def _check_purpose(policy: Policy, wishes: _Wishes, *, quiet: bool) -> None:
-    """Fail with a usage error if options say only what to keep; without options, tell that only lifetimes count."""
+    """Fail with a usage error if the options say only what to keep.
+
+    Without a policy and options, print that only images whose lifetime has ended are removed.
+    """
     if not (policy.limits.max_size is policy.limits.min_free is wishes.to_free is None and not policy.remove):
         return
     if wishes.are_given:

@@ -165,7 +165,7 @@ def _run_prompt(values: dict[str, int | float | str], form: str, seconds: int | 
         def execute(query: str) -> None:
             own = {name: value for name, value in values.items() if re.search(rf"[:@$]{re.escape(name)}\b", query)}
             try:
-                # The end of the process would end the prompt, so give a busy machine time to cancel the query.
+                # A query that cannot be cancelled in time ends the process, and with it the prompt: be patient.
                 ask = partial(cache.sql, query, own, stream=True)
                 _print_answer(ask, form, seconds, header=header, grace_seconds=_PROMPT_GRACE_SECONDS)
             except CacheError as error:
@@ -245,7 +245,7 @@ def _explaining(query: str) -> Iterator[None]:
 
 
 def _mark_mistake(query: str, error: CacheError) -> str:
-    """Return the message of an error, and the line of the query with a mark below the mistake, if it is known."""
+    """Return an error's message, with the line of the mistake and a mark below it if they are known."""
     message = f"cachedb: {printable(str(error))}"
     place = error.place if isinstance(error, InvalidQuery) else None
     if place is None:
@@ -259,7 +259,7 @@ def _mark_mistake(query: str, error: CacheError) -> str:
 
 
 def _with_booleans(columns: Sequence[str], rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows with true and false in the columns that are named like the boolean columns of the views."""
+    """Yield the rows with true and false in columns named like the boolean columns of the views."""
     from cachedb.reports.views import BOOLEAN_COLUMNS
 
     are_booleans = [column in BOOLEAN_COLUMNS for column in columns]
@@ -312,7 +312,7 @@ def report(
     priority.
     """
     if sum(map(bool, (name, list_, file))) != 1:
-        raise click.UsageError("expected one of a report's name, --list and --html: give one of them")
+        raise click.UsageError("expected exactly one of NAME, --list and --html: NAME is a report that --list prints")
     if not name and (parameters or seconds is not None):
         raise click.UsageError("-p and --timeout work only with a report's name")
     if file:

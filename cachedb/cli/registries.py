@@ -103,7 +103,7 @@ def pull(
     A NAME without a registry belongs to Docker Hub. localhost is contacted over HTTP. The image is stored under NAME as
     given; docker:// may precede it. REPOSITORY:TAG@DIGEST pulls the digest, and stores it under the tag. Only the
     host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
-    With --from, --dry-run or several --jobs, a name that fails stops no other, and the exit code at the end is 1.
+    With --from, --dry-run or several --jobs, a failure of one name does not stop the others; the exit code is then 1.
     CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." lists mirrors to try first.
     Mirrors, locations and aliases of podman's registries.conf are used too.
     """
@@ -164,7 +164,10 @@ def _pull(cache: Cache, name: str, **options: Any) -> Pulled:  # noqa: ANN401 - 
 def _pull_all(
     cache: Cache, names: list[str], jobs: int, found: dict[str, Pulled], options: dict[str, Any], *, quiet: bool
 ) -> None:
-    """Pull several images at once, and put the results into ``found``; a failure is printed and stops no other."""
+    """Pull several images at once, and put the results into ``found``.
+
+    A failure is printed, and does not stop the other pulls.
+    """
     with show_downloads(f"pulling {len(names)} images", quiet=quiet) as callbacks:
         callbacks.pop("progress", None)  # each image has a total of its own
 
@@ -179,7 +182,7 @@ def _pull_all(
 
 
 def _plan_all(cache: Cache, names: list[str], options: dict[str, Any]) -> list[PullPlan]:
-    """Return the plans of several pulls; a failure is printed and stops no other."""
+    """Return the plans of several pulls; a failure is printed, and does not stop the others."""
     plans = []
     for name in names:
         try:
@@ -270,11 +273,12 @@ def push(
     quiet: bool,
     **access: Any,  # noqa: ANN401 - the options of `registry_options`
 ) -> None:
-    """Push an image to a registry, or several images, uploading only missing blobs.
+    """Push one or several images to a registry, uploading only missing blobs.
 
     The image is pushed to NAME, or to TARGET if given, and keeps its digest. Referrers that `cachedb pull --referrers`
     stored are pushed too. A name without a registry belongs to Docker Hub. localhost is contacted over HTTP.
-    A PATTERN pushes each image that matches when the command begins; each * of TARGET becomes what its * matched.
+    A PATTERN pushes each image that matches when the command begins. Each * of TARGET becomes what the * of PATTERN
+    matched.
     The first failure ends the command.
     """
     if all_tags and (platform or filters or ignore_missing or name is None):
@@ -299,7 +303,7 @@ def push(
 def _choose_pushes(
     cache: Cache, name: str | None, target: str | None, filters: Filters | None, *, ignore_missing: bool
 ) -> list[tuple[str | Name, str | Name | None]]:
-    """Return the names of the images to push, each with its name at the registry, None for the same."""
+    """Return the names of the images to push, each with its name at the registry; None means the same."""
     from cachedb.index.patterns import is_pattern, rename_all
 
     if name and filters is None and not ignore_missing and not is_pattern(name):

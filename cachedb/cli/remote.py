@@ -68,7 +68,7 @@ def inspect(
 def _is_in_cache(cache: Cache, name: str) -> bool:
     try:
         cache.get_manifest(name)
-    except CacheError:  # a name at a registry need not be one in a cache
+    except CacheError:  # some names at a registry are not valid in a cache
         return False
     return True
 

@@ -21,13 +21,13 @@ def exit_terminated(number: int, _frame: object) -> NoReturn:
 
 
 def raise_interrupt(number: int, _frame: object) -> NoReturn:
-    """Raise `KeyboardInterrupt`, or exit with 130, the code a shell reports for SIGINT, if the command has finished."""
+    """Raise `KeyboardInterrupt`; if the command has finished, exit with 130, a shell's code for SIGINT."""
     received_signals.append(number)
     _exit_if_finished(130)
     raise KeyboardInterrupt
 
 
 def _exit_if_finished(code: int) -> None:
-    """Exit at once if everything is printed: while Python shuts down, an exception would only add a traceback."""
+    """Exit at once if the command has finished, because an exception would only print a traceback."""
     if finished:
         os._exit(code)

@@ -114,7 +114,7 @@ class _LineEditor:
         return input(_PROMPTS[bool(lines)])
 
     def remember(self, text: str) -> None:
-        """Add a query to the history, as one line unless it has a comment, which ends with its line."""
+        """Add a query to the history, as one line unless it has a comment, which would not end there."""
         lines = text.splitlines() if "--" in text else [" ".join(text.splitlines())]
         if self._readline is not None:
             for line in lines:
@@ -169,7 +169,7 @@ def _read_history() -> list[str]:
 
 
 def _append_history(lines: Iterable[str]) -> None:
-    """Append lines to the history, which only its user may read; a history that cannot be written is not needed."""
+    """Append lines to the history, which only its user may read; ignore errors."""
     path = _find_history()
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

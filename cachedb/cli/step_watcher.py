@@ -18,7 +18,7 @@ __all__ = ["StepWatcher"]
 
 T = TypeVar("T")
 
-_GRACE_SECONDS = 1.0  # for a step that must end, to do so by itself
+_GRACE_SECONDS = 1.0  # for a step to end by itself
 
 
 class StepWatcher:
@@ -76,7 +76,7 @@ class StepWatcher:
     def _watch(self, readable: int) -> None:
         wait, code = self._seconds, 1
         text = "" if wait is None else str(query_timeout_error(wait))
-        stuck: int | None = None  # the step that must have ended at the next look
+        stuck: int | None = None  # the step that must have ended when the time is over
         while True:
             if select.select([readable], [], [], wait)[0]:
                 received = os.read(readable, 1)

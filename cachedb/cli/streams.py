@@ -67,7 +67,7 @@ def read_text(file: str, what: str) -> str:
 
 
 def write_text(file: str, text: str) -> None:
-    """Write a text to a new file that replaces an existing one; raise a usage error if it cannot be written.
+    """Write a text to a file, atomically; raise a usage error if it cannot be written.
 
     Args:
         file: the path, or ``-`` for stdout. A device or a fifo is written to instead of being replaced.

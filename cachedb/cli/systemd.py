@@ -126,7 +126,7 @@ def _render(directory: Path, *, is_system: bool) -> dict[str, str]:
     service, timer = (files("cachedb.cli").joinpath("units", name).read_text("utf-8") for name in (_SERVICE, _TIMER))
     if is_system and (owner := _find_owner(directory)):
         service = service.replace("[Service]\n", f"[Service]\nUser={owner}\n")
-    service = re.sub("@[A-Z]+@", lambda found: values[found[0]], service)  # at once: a path may have such a text
+    service = re.sub("@[A-Z]+@", lambda found: values[found[0]], service)  # in one pass: a path may contain @USER@
     return {_SERVICE: service, _TIMER: timer}
 
 
@@ -153,7 +153,7 @@ def _find_owner(directory: Path) -> str | None:
 
 
 def _escape_percent(text: str) -> str:
-    """Return a text without the meaning that % has for systemd.
+    """Escape each % in a text, which has a meaning for systemd.
 
     Raises:
         CacheError: if it has characters that no line of a unit can have.
