@@ -44,7 +44,7 @@ class Totals(NamedTuple):
     """The sums of the sizes of all blobs, and the newest row."""
 
     stored_size: int  # bytes
-    all_size: int  # bytes, with those of blobs that are not stored
+    all_size: int  # bytes, including blobs that are not stored
     last_id: int  # 0 without rows
     last_digest: str
 
@@ -116,7 +116,7 @@ def _select_stored() -> Select[*tuple[Any, ...]]:
 
 
 def read_image_names(connection: Connection, digests: Iterable[Digest]) -> dict[str, list[Name]]:
-    """Return the names of the images that have a blob, sorted, for each given digest that an image has."""
+    """Return the sorted names of the images that have each digest; without digests that no image has."""
     found: dict[str, list[Name]] = {}
     query = (
         select(BLOBS.c.digest, IMAGES.c.repository, IMAGES.c.reference)
@@ -152,13 +152,13 @@ def find_digest(connection: Connection, text: str) -> Digest | None:
 
 
 def ambiguous_error(text: str, found: Sequence[Digest]) -> InvalidDigest:
-    """Return the error for a text with which several digests start."""
+    """Return the error for a text if several digests start with it."""
     candidates = ", ".join(found[:_CANDIDATES]) + (", ..." if len(found) > _CANDIDATES else "")
     return InvalidDigest(f"{shorten(text)} is ambiguous: give more digits of {candidates}")
 
 
 def starts_with(text: str) -> ColumnElement[bool]:
-    """Return the condition that a blob has a digest, or a digest that starts with these 12 hex digits or more.
+    """Return the condition that a blob's digest is, or starts with, a text of at least 12 hex digits.
 
     Raises:
         InvalidDigest: if the text is neither.

@@ -1,4 +1,4 @@
-"""Read and write what the index copies from configs: attributes, labels, platforms, commands and diff ids."""
+"""Read and write what the index copies from configs: attributes, labels, platforms and layers."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def check(directory: Path) -> list[Drift]:
 def find_foreign_objects(connection: Connection) -> list[Drift]:
     """Compare the tables, indexes, triggers and views of an index with the migrations up to its revision.
 
-    Of a newer schema, return only the triggers, because this release does not know its other objects.
+    For a newer schema, return only its triggers, because this release does not know its other objects.
     """
     revision, there = read_revision(connection) or "", read_objects(connection)
     if revision in read_revisions():
@@ -78,7 +78,7 @@ def find_foreign_objects(connection: Connection) -> list[Drift]:
 
 
 def find_foreign_triggers(database: Database) -> list[str]:
-    """Return the names of all triggers in an index of this release's schema, which has none of its own."""
+    """Return the names of all triggers in an index; the schema of this release has no triggers."""
     with database.read() as connection:
         if read_revision(connection) != REVISION:
             return []
@@ -87,7 +87,7 @@ def find_foreign_triggers(database: Database) -> list[str]:
 
 
 def _read_migrated_objects(revision: str) -> tuple[dict[tuple[str, str], str], int]:
-    """Return the objects that the migrations up to a revision create, and its oldest compatible schema."""
+    """Return the objects that the migrations up to a revision create, and the oldest compatible schema."""
     from alembic import command
 
     engine = create_engine("sqlite://")

@@ -1,7 +1,6 @@
-"""Rank the images that an eviction may remove, and read what it must know about them and their blobs.
+"""Rank the images that an eviction may remove, and read their blobs and details.
 
-SQLite returns long lists of numbers in JSON arrays, because a row of a result costs ten times as much as a number in an
-array.
+SQLite returns long lists of numbers in JSON arrays. A row of a result costs ten times as much as a number in an array.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ __all__ = [
 
 
 PINNED, HELD, IN_USE, RECENT = -3, -2, -1, 0
-"""What keeps an image, if no rule does: a pin, a hold, a lease of a process, or a use a moment ago."""
+"""What keeps an image that no rule keeps: a pin, a hold, a lease of a process, or a recent use."""
 EXPIRED = 0
 """The rule that removes images whose lifetime has ended; it comes before the rules of a policy."""
 
@@ -53,7 +52,7 @@ _UNKEPT: Final = 1 << 32  # more than the number of any rule
 
 
 class Rules(NamedTuple):
-    """Conditions on the table of images, in the order of a policy; what keeps an image always wins."""
+    """Conditions on the table of images, in the order of a policy; a condition that keeps always wins."""
 
     keeps: Sequence[ColumnElement[bool]] = ()
     removes: Sequence[ColumnElement[bool]] = ()
@@ -70,23 +69,23 @@ class Mark(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The images that can be removed in their order: those that a rule removes, then the least recently used."""
+    """The images that can be removed, in order: those that a rule removes, then the least recently used."""
 
     ids: list[int]
     rules: list[int | None]  # for each, the number of the first rule that removes it, from 1
     kept: dict[int, int]  # the other images, by id, with what keeps them: see `Mark`
-    recent: list[int]  # of these, the images that a rule would remove, but that were used a moment ago
+    recent: list[int]  # ids of kept images that a rule would remove, but that were used a moment ago
 
 
 class BlobTotals(NamedTuple):
     """The bytes of all stored blobs, and of those that a collection frees."""
 
     stored_size: int
-    garbage_size: int  # that no image has, and on which no live session or hold has a lease
+    garbage_size: int  # bytes of blobs of no image, on which no live session or hold has a lease
 
 
 class Details(NamedTuple):
-    """What a plan says of an image."""
+    """What a plan says about an image."""
 
     name: Name
     digest: Digest
@@ -98,7 +97,7 @@ class Details(NamedTuple):
 
 
 def is_among_newest(count: int, conditions: Sequence[ColumnElement[bool]]) -> ColumnElement[bool]:
-    """Return the condition that an image is one of the newest of its repository, among those with some conditions."""
+    """Return the condition that an image is one of the newest of its repository that meet conditions."""
     newest_first = (IMAGES.c.added_at.desc(), IMAGES.c.id.desc())
     place = func.row_number().over(partition_by=IMAGES.c.repository, order_by=newest_first)
     numbered = select(IMAGES.c.id, place.label("place")).where(*conditions).subquery()
@@ -177,7 +176,7 @@ def sum_blobs(connection: Connection, rules: Rules) -> BlobTotals:
     """Return the bytes of all stored blobs, and of the garbage among them."""
     size = func.coalesce(func.sum(BLOBS.c.size), 0)
     stored = select(size).where(BLOBS.c.stored_at.is_not(None))
-    # All three are ordered by id, so SQLite reads each from end to end, without look-ups.
+    # All three tables are ordered by id, so SQLite reads each from end to end, without look-ups.
     unused = (
         except_(select(BLOBS.c.id), select(IMAGE_BLOBS.c.blob_id), _select_leased_ids(rules)).order_by("id").subquery()
     )
@@ -226,7 +225,7 @@ def read_details(connection: Connection, image_ids: Iterable[int]) -> dict[int, 
 
 
 def find_removable(connection: Connection, name: Name, digest: Digest, last_used_at: datetime) -> int | str:
-    """Return the id of an image, or what forbids its removal, in the transaction that removes it.
+    """Return the id of an image to remove, or why it must not be removed.
 
     Args:
         connection: to the index, under the write lock.

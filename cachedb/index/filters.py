@@ -48,15 +48,15 @@ class Filters(NamedTuple):
     """Conditions that all selected images fulfil, with their order and number."""
 
     labels: tuple[tuple[str, str | None], ...] = ()  # keys with their values; None allows any value
-    platforms: tuple[str, ...] = ()  # each os/architecture[/variant]; the image is for all of them
-    unused_for: float | None = None  # seconds since the last use, at least
+    platforms: tuple[str, ...] = ()  # each os/architecture[/variant]; an image must be for all of them
+    unused_for: float | None = None  # at least so many seconds since the last use
     added_before: datetime | None = None  # the name came here before this time; a naive time is UTC
     base: str | None = None  # the name of an image that the image is built on, directly or not
     incomplete: bool | None = None  # True: lacks a blob; False: lacks none
     digest: str | None = None  # of the manifest or index, or at least its first 12 digits
     pinned: bool | None = None  # True: has a pin; False: has none
     expired: bool | None = None  # True: its lifetime has ended; False: it has not, or the image has none
-    sort: str | None = None  # name, size, created, added or used, with a - in front for the reverse; None sorts by name
+    sort: str | None = None  # name, size, created, added or used; - in front reverses the order; None sorts by name
     limit: int | None = None  # the maximum number of images
 
     @property
@@ -222,7 +222,7 @@ def narrow(
         query: selects from the table of images.
         wanted: names and patterns; an image must match one of them. Without any, all images are wanted.
         filters: conditions that the images must fulfil too.
-        exact: whether ``repository@digest`` finds only an image with this name, and no tag.
+        exact: whether ``repository@digest`` finds only an image of exactly this name, and not one by its tag.
         ignore_missing: skip names and patterns that match no image.
 
     Raises:

@@ -138,7 +138,7 @@ def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Ima
 
 
 def _suggest(connection: Connection, name: Name) -> str | None:
-    """Suggest an image whose name has a registry in front, because other tools add one to a short name."""
+    """Suggest a name with a registry in front, because other tools add one to a short name."""
     prefixes = ("docker.io/library/", "docker.io/", "localhost/")
     query = select(IMAGES.c.repository).where(
         IMAGES.c.repository.in_([prefix + name.repository for prefix in prefixes]), IMAGES.c.reference == name.reference

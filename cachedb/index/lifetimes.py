@@ -1,6 +1,6 @@
-"""Pin the names of images, and let names expire: what a prune never removes, and what it removes first.
+"""Pin names, which a prune never removes, and let names expire, which it removes first.
 
-Expiry depends only on the host's clock, as that of a hold.
+Like the expiry of a hold, that of a name depends only on the host's clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_expired() -> ColumnElement[bool]:
 
 
 def pin(connection: Connection, image_ids: Iterable[int]) -> None:
-    """Pin images; the pin of an image that has one stays as it is."""
+    """Pin images; an existing pin stays as it is."""
     for part in split_batches(image_ids):
         chosen = IMAGES.c.id.in_(part) & ~is_pinned()
         connection.execute(update(IMAGES).where(chosen).values(pinned_at=datetime.now(UTC)))
@@ -40,7 +40,10 @@ def unpin(connection: Connection, image_ids: Iterable[int]) -> None:
 
 
 def set_lifetime(connection: Connection, image_id: int, ttl: float | None) -> None:
-    """Let an image expire after ``ttl`` seconds, or never; this is a use, so that no earlier plan removes it."""
+    """Let an image expire after ``ttl`` seconds; None means never.
+
+    This counts as a use of the image, so that no earlier plan removes it.
+    """
     now = datetime.now(UTC)
     values = {"expires_at": add_seconds(now, ttl), "last_used_at": now}
     connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(values))

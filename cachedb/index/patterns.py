@@ -1,4 +1,4 @@
-"""Patterns of names, such as ``team/*:1``: the images that they match, and the names that a rename makes of them."""
+"""Match names with patterns such as ``team/*:1``, and rename what they match."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["full_name", "is_like", "is_pattern", "is_repository_like", "rename_a
 
 
 def is_pattern(text: str | Name) -> bool:
-    """Return whether a text is a pattern: it has ``*``, ``?``, or a ``[`` that begins no IPv6 address."""
+    """Return whether a text is a pattern: it has ``*``, ``?`` or a ``[`` outside of an IPv6 address."""
     return isinstance(text, str) and re.search(r"[*?]|\[(?![0-9A-Fa-f]*:[0-9A-Fa-f:]*\])", text) is not None
 
 

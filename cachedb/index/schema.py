@@ -173,7 +173,7 @@ def history(directory: Path) -> list[Revision]:
 
 
 def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return the description of a migration, and the facts in the last paragraph of its docstring."""
+    """Split a migration's docstring into its description and the facts in the last paragraph."""
     description, _, last = text.strip().rpartition("\n\n")
     facts = dict(line.split(": ", 1) for line in last.splitlines() if ": " in line)
     if "Revision" not in facts:
@@ -234,7 +234,7 @@ def read_revisions() -> list[str]:
 
 
 def check_known(database: Database, found: str | None) -> str:
-    """Return the revision of a cache; raise if it is missing, or if it is old and no release creates it."""
+    """Return the revision of a cache; raise if it is missing, or if no release creates it."""
     if not found:
         raise schema_error(database.directory, None)
     if found <= REVISION and found not in read_revisions():
@@ -274,7 +274,7 @@ def resolve_revision(revision: str, found: str) -> str:
         found: the revision from which steps count, if the text names none.
 
     Raises:
-        InvalidRevision: if there is no such revision. ``base`` is none: the names of all images would be lost.
+        InvalidRevision: if there is no such revision. ``base`` is refused: the names of all images would be lost.
     """
     known = read_revisions()
     if revision == "base":
@@ -340,8 +340,8 @@ def migrate(
                 return found, None
             if found is not None and len(rows := read_versions(connection)) > 1:
                 raise SchemaMismatch(
-                    f"the table alembic_version has the rows {', '.join(map(repr, rows))}: delete all but one, and "
-                    "keep the schema of the index"
+                    f"the table alembic_version has the rows {', '.join(map(repr, rows))}: delete all but the one of "
+                    "the index's schema"
                 )
             broken = Counter(find_broken_keys(connection))
             run_migrations(change, connection, target, report_beside)

@@ -1,7 +1,8 @@
 """Define the tables of the index: images, blobs, and the association between them.
 
-The migrations create the tables, never `create_all`; `alembic check` compares the two. All SQL is portable. SQLite's
-STRICT tables refuse values of a wrong type, and CHECK constraints refuse invalid values from any program.
+The migrations create the tables, never `create_all`. `alembic check` compares the migrations with this module. All SQL
+is portable. SQLite's STRICT tables refuse values of a wrong type, and CHECK constraints refuse invalid values from any
+program.
 
 These are Core tables, so that a command does not import SQLAlchemy's ORM; `models` maps classes to them.
 """
@@ -112,7 +113,7 @@ METADATA = MetaData(
 class _Blobs(TypedColumns):
     id = Column(_INTEGER, primary_key=True)
     digest = Column(Text, nullable=False)
-    size = Column(_INTEGER, nullable=False)  # bytes; as declared until the blob is stored, then its true size
+    size = Column(_INTEGER, nullable=False)  # bytes; the declared size until the blob is stored, then the real one
     stored_at = Column(UtcTime)
 
 

@@ -4,7 +4,7 @@
         for image in session.scalars(select(ImageUsage).where(ImageUsage.unused_days > 30)):
             print(image.name, image.freed_size)
 
-The types of the columns do not depend on the version of SQLite, as those of a reflected view do: before version 3.41
+The types of the columns do not depend on the version of SQLite. Those of a reflected view do: before version 3.41,
 SQLite reports no type for a computed column.
 """
 
@@ -91,7 +91,7 @@ class Platform(View):
 
 
 class ImageContent(View):
-    """A position of an image."""
+    """A position in an image, and the blob there."""
 
     __tablename__ = "image_contents"
 
@@ -193,7 +193,7 @@ class RepositoryUsage(View):
 
 
 class MissingBlob(View):
-    """A position of an incomplete image whose blob is missing."""
+    """A position in an incomplete image, and the missing blob there."""
 
     __tablename__ = "missing_blobs"
 
@@ -228,7 +228,7 @@ class Hold(View):
 
 
 class Day(View):
-    """A day with the numbers of names and blobs that came then and are still in the cache."""
+    """A day, and how many of the names and blobs that came on it are still in the cache."""
 
     __tablename__ = "growth"
 

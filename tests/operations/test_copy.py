@@ -348,7 +348,9 @@ def test_a_missing_or_short_file_fails_the_copy(cache: Cache, target: Path) -> N
 def test_a_damaged_index_is_not_copied(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1))
     change_index(cache.directory, "INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
-    with pytest.raises(DamagedIndex, match="refers to a row of blobs that is not there: run `cachedb verify --repair`"):
+    with pytest.raises(
+        DamagedIndex, match="refers to a row of blobs that does not exist: run `cachedb verify --repair`"
+    ):
         cache.copy(target)
     assert not target.exists()
 

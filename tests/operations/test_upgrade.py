@@ -887,15 +887,18 @@ def test_the_error_of_a_trigger_that_blocks_a_change_quotes_it(cachedb: Run, old
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("CREATE INDEX mine ON images (author)", "the index 'mine' is over what it takes away (no such column"),
+        ("CREATE INDEX mine ON images (author)", "the index 'mine' uses what the change removes (no such column"),
         (
             "CREATE VIEW [my view] AS SELECT author FROM images",
-            "the view 'my view' is over what it takes away (no such",
+            "the view 'my view' uses what the change removes (no such",
         ),
-        ("CREATE VIEW mine AS SELECT * FROM image_labels", "the view 'mine' is over what it takes away (no such table"),
+        (
+            "CREATE VIEW mine AS SELECT * FROM image_labels",
+            "the view 'mine' uses what the change removes (no such table",
+        ),
         (
             "CREATE TRIGGER mine AFTER INSERT ON blobs BEGIN SELECT author FROM images; END",
-            "the trigger 'mine' is over what it takes away (no such column",
+            "the trigger 'mine' uses what the change removes (no such column",
         ),
     ],
 )
@@ -959,9 +962,9 @@ def test_a_second_row_of_alembic_version_is_drift_and_blocks_changes(directory: 
     if version == "0002":
         change_index(directory, f"DELETE FROM alembic_version WHERE version_num = '{REVISION}'")
         change_index(directory, f"INSERT INTO alembic_version VALUES ('{REVISION}')")
-        with pytest.raises(SchemaMismatch, match="delete all but one"):
+        with pytest.raises(SchemaMismatch, match="delete all but the one"):
             upgrade.upgrade(directory)
-    with pytest.raises(SchemaMismatch, match="delete all but one"):
+    with pytest.raises(SchemaMismatch, match="delete all but the one"):
         upgrade.downgrade(directory, "0001")
     assert list_backups(directory) == []
 

@@ -1077,7 +1077,7 @@ def test_an_older_index_is_checked_and_named_as_older(tmp_path: Path) -> None:
         path.write_bytes(b"rotten")
         found = cache.verify().problems
         assert {problem.kind for problem in found} == {"index", "corrupt"}
-        assert any("refers to a row of blobs that is not there" in problem.detail for problem in found)
+        assert any("refers to a row of blobs that does not exist" in problem.detail for problem in found)
         assert any(older in problem.detail for problem in found)
         assert cache.verify(repair=True).problems
         close_and_check(cache)

@@ -1,1 +1,1 @@
-"""Everything that only SQLite has: connections, transactions, queries, errors and backups."""
+"""The code that is specific to SQLite: connections, transactions, queries, errors and backups."""

@@ -38,9 +38,9 @@ __all__ = [
 
 
 KEPT = 3
-"""The number of backups to keep from before schema changes; backups that a user asked for are all kept."""
+"""How many backups from before schema changes are kept; backups that a user asked for all stay."""
 
-_PART_PREFIX = ".backup-"  # of an unfinished backup; 32 random digits follow, so that it is no user's file
+_PART_PREFIX = ".backup-"  # of an unfinished backup; 32 random digits follow, so no user's file has such a name
 _PART = re.compile(re.escape(_PART_PREFIX) + "[0-9a-f]{32}")
 _JOURNAL = "-journal"  # the suffix of SQLite's file beside a database that it writes
 _UNFINISHED = re.compile(r"\.backup-([a-z0-9_]{8}|[0-9a-f]{32})(-journal)?")
@@ -106,7 +106,7 @@ def back_up(
             remove_leftovers(path.parent, _PART, beside=_JOURNAL)
         path = path or _next_path(database.directory, label)
         part, file = _create_part(path)
-        stack.callback(os.close, file)  # after SQLite has closed it: closing it earlier releases SQLite's locks
+        stack.callback(os.close, file)  # last, because closing it earlier would release SQLite's locks
         if is_lockable:
             lock_part(file)
         try:
@@ -195,7 +195,7 @@ def back_up_before_change(
 
 
 def measure_change(database: Database) -> int:
-    """Return how many bytes of disk the backup and a schema change take at most."""
+    """Return the most bytes of disk that a schema change takes, with its backup."""
     # SQLite writes the change to the WAL first, and to the index later.
     with database.raw() as connection:
         return 2 * size_of(connection) + _CHANGE_BYTES
@@ -242,7 +242,7 @@ def put_in_place(database: Database, turn: turns.Turn, new: Path) -> Path | None
         StorageError: if the new index still has a WAL, because SQLite could not write it back.
     """
     if new.with_name(f"{new.name}-wal").exists():
-        raise StorageError("the new index is not whole: its WAL could not be written back to it: try again")
+        raise StorageError("the new index is incomplete, because its WAL could not be written back: try again")
     staged = _next_path(database.directory, "rebuilt")
     source_folder = new.parent.relative_to(database.directory)
     with database.folders.open(str(source_folder)) as source, database.folders.open("backups") as target:
@@ -268,7 +268,7 @@ def put_in_place(database: Database, turn: turns.Turn, new: Path) -> Path | None
 
 
 def _next_path(directory: Path, label: str) -> Path:
-    """Return the path of the next backup, with a number: a clock that is set back misorders times."""
+    """Return the path of the next backup; it is numbered, because a clock may be set back."""
     folder = directory / "backups"
     number = 1 + max((_number(path)[0] for path in folder.glob("*-*.db")), default=0)
     return folder / f"{number:06}-{label}.db"

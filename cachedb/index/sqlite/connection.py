@@ -1,8 +1,8 @@
 """Open connections to the index file, and copy an index that is read without locks into memory.
 
-SQLite shares memory with other processes through ``index.db-shm``, and commits to ``index.db-wal``. If one of them is
-removed while a process has it open, other processes make a new one. Then neither side sees the commits of the other. So
-a connection knows which files it has open, and is not used after they were replaced.
+SQLite shares memory with other processes through ``index.db-shm``, and commits to ``index.db-wal``. If one of the two
+is removed while a process has it open, other processes create a new one. Then neither side sees the commits of the
+other. So a connection knows which files it has open, and is not used after they were replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARED_FIRST, _SHARED_SIZE = 0x40000002, 510  # the bytes that SQLite locks to 
 
 _FileId = tuple[int, int] | None
 _connections: weakref.WeakSet[CacheConnection] = weakref.WeakSet()  # of this process, to files that are shared
-_guard = threading.RLock()  # for these two; a fork waits while a connection is opened
+_guard = threading.RLock()  # for `_connections` and `_pinned`; a fork waits while a connection is opened
 _pinned: dict[tuple[int, int], int] = {}  # for each index that is locked until this process ends, a descriptor
 
 
@@ -46,7 +46,7 @@ class CacheConnection(sqlite3.Connection):
     is_settled: bool
     path = ""
     beside: tuple[_FileId, ...] = ()
-    """The identities of the open -wal and -shm; empty if the connection shares no files with other processes."""
+    """The identities of the open -wal and -shm; empty if other processes do not share them."""
 
     def has_lost_files(self) -> bool:
         """Return whether the -wal or -shm of this connection was removed or replaced."""
@@ -57,9 +57,10 @@ class CacheConnection(sqlite3.Connection):
         return bool(self.beside) and self.beside != _identify_beside(self.path)
 
     def find_swap(self, found: tuple[int, int, str]) -> CacheReplaced | None:
-        """Return an error if another program has put another index beside the WAL of this connection.
+        """Return an error if another program has replaced the index, but not the WAL of this connection.
 
-        cachedb removes the WAL before it replaces the index. With this WAL, SQLite would damage the other index.
+        SQLite would apply this WAL to the new index, and damage it. cachedb itself removes the WAL before it replaces
+        the index.
 
         Args:
             found: the identity of the index that is there now.
@@ -90,7 +91,7 @@ class CacheConnection(sqlite3.Connection):
                 self.execute("PRAGMA wal_checkpoint(FULL)").close()
 
     def close(self) -> None:
-        """Close the connection, and keep SQLite from deleting a -wal or -shm that another process has made."""
+        """Close the connection, without deleting a -wal or -shm that another process has created."""
         if self.beside:
             _pin_if_lost(self)
             with _guard:
@@ -126,9 +127,9 @@ def _is_lost(known: tuple[_FileId, ...], found: tuple[_FileId, ...]) -> bool:
 def _pin_if_lost(connection: CacheConnection) -> None:
     """Keep SQLite from a checkpoint when it closes a connection whose -wal or -shm was replaced.
 
-    The checkpoint would write the old WAL over newer commits, and delete the new WAL. SQLite needs a lock on the whole
-    index for it, so another open file of this process denies that lock. That file stays open: closing it would release
-    all locks that SQLite has on the index.
+    The checkpoint would write the old WAL over newer commits, and delete the new WAL. It needs a lock on the whole
+    index. So this process opens the index once more, and locks a part of it. The file stays open, because closing it
+    would release all locks that SQLite has on the index.
     """
     with suppress(OSError):
         found = _identify_beside(connection.path)
@@ -148,7 +149,7 @@ def _register(connection: CacheConnection, path: str) -> None:
     """Record which files a new connection has open.
 
     Raises:
-        CacheReplaced: if another connection of this process has removed files open: SQLite would use them here too.
+        CacheReplaced: if another connection of this process has removed files open, because SQLite would share them.
     """
     found = _identify_beside(path)
     with _guard:
@@ -176,9 +177,9 @@ def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_on
     connection = sqlite3.connect(
         f"{path.as_uri()}?{mode}",
         uri=True,
-        timeout=0,  # we wait ourselves, outside the blocks that forks wait for: see `Database.entered`
+        timeout=0,  # `Database.entered` waits instead, outside the blocks that forks wait for
         check_same_thread=False,
-        isolation_level=None,  # the driver begins no transactions: we begin them, also for DDL
+        isolation_level=None,  # the driver begins no transactions; `transaction` begins them, also for DDL
         factory=CacheConnection,
     )
     try:
@@ -223,7 +224,7 @@ def take_snapshot(
     except BaseException as error:
         copy.close()
         if isinstance(error, StorageError) and identify() != connection.file:
-            raise IndexChanged from error  # because of the change the file looks damaged
+            raise IndexChanged from error  # the file only looks damaged, because it changed during the read
         raise
     if identify() != connection.file or not connection.is_settled:
         copy.close()

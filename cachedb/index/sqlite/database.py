@@ -1,9 +1,9 @@
 """The index's database: connections and transactions.
 
-One write lock serialises every change of the index and every rename into or out of ``blobs/``. It is a lock file
-instead of SQLite's own lock, because a wait for it is fair and bounded, while SQLite's busy handler may starve. It also
-keeps our writers and checkpoints apart, which avoids the WAL-reset bug of SQLite 3.7.0 to 3.51.2. Readers take no lock:
-they see the last commit.
+One write lock serialises every change of the index and every rename into or out of ``blobs/``. It is a lock file,
+because a wait for it is fair and bounded. SQLite's own lock is not fair: a waiting writer may starve. The write lock
+also keeps writers and checkpoints apart, which avoids the WAL-reset bug of SQLite 3.7.0 to 3.51.2. Readers take no
+lock: they see the last commit.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = ["CLOSED", "Database"]
 
 T = TypeVar("T")
 
-# Our own writers wait for the lock file. While another program writes we wait without the lock, so that our own
-# writers do not also wait for each other.
+# Processes of cachedb wait for the lock file. While another program writes, they wait without the lock file, so that
+# they do not also wait for each other.
 _OUTSIDER_NAPS = (0.02, 0.25)  # seconds between two tries: at first, and at most
 CLOSED = "this cache is closed: open it again with Cache.open"
 
@@ -62,9 +62,9 @@ class Database:
     """The ``index.db`` of a cache directory. Usable from several threads, and in a forked child.
 
     SQLite records in memory which locks its process holds on a file. A child that is forked while a connection is open
-    inherits the record without the locks, and loses its commits when its parent closes. So a fork waits until no other
-    thread is in a transaction, and closes all connections first. A transaction waits for other processes before it
-    begins, and not within, so a fork never waits for another process.
+    inherits the record, but not the locks. It would lose its commits when its parent closes the connection. So a fork
+    waits until no other thread is in a transaction, and closes all connections first. A transaction waits for other
+    processes only before it begins, so a fork never waits for another process.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Database:
             raise lost_index_error(self.directory) from None
 
     def no_replacement(self) -> AbstractContextManager[None]:
-        """Keep other processes from replacing the index in this block; a cache that is only read has no such lock."""
+        """Keep other processes from replacing the index in this block; a read-only cache has no such lock."""
         return nullcontext() if self.read_only else self.file.no_replacement()
 
     def _open(self, *, read_only: bool = False) -> CacheConnection:
@@ -142,13 +142,13 @@ class Database:
             return False
         if not self.read_only:
             self.file.save_commits(connection)
-        self._engine.dispose()  # while one connection is open, SQLite gives its files to new ones
+        self._engine.dispose()  # while an old connection is open, SQLite shares its files with new ones
         self._lookups.close()
         raise lost_files_error(str(self.path))
 
     @property
     def read_only(self) -> bool:
-        """Whether the cache directory is only read."""
+        """Whether the cache is read-only for this process."""
         return self.access.read_only
 
     @property
@@ -190,7 +190,7 @@ class Database:
 
     @contextmanager
     def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
-        """Begin a read transaction whose first read is ``first``, as `entered` does, in half the time."""
+        """Begin a read transaction whose first read is ``first``; this takes half the time of `entered`."""
         wait: Wait | None = None
         while True:
             with forks.no_fork():
@@ -216,7 +216,7 @@ class Database:
 
     @contextmanager
     def entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
-        """Enter contexts for a block without forks; while another process locks the index, wait and enter again.
+        """Enter contexts for a block without forks; if the index is locked, wait and try again.
 
         Args:
             enter: enters the contexts of the block, and returns the value to yield. It must not wait.
@@ -242,9 +242,9 @@ class Database:
         return Wait("the index", self.wait_seconds)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
-        """Return the rows of a statement, read in a transaction of its own, with SQLite's types: times are text.
+        """Return the rows of a statement, read in a transaction of its own; times are text.
 
-        It is for loops: SQLite needs a twentieth of the time that `read` takes.
+        Use it in loops, because it takes a twentieth of the time of `read`.
 
         Args:
             statement: the same object for all executions, as it is compiled once.
@@ -299,7 +299,7 @@ class Database:
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
         """Begin a write transaction if the write lock is free; yield None if it is not."""
-        # This thread may hold the lock, or wait for it, in a call that was interrupted for this one.
+        # A signal handler may call this while its thread holds the lock, or waits for it.
         interrupted = is_held(self.file.reentry_key)
         with holding(self.file.reentry_key), os_errors("write to the cache"):
             file = None if interrupted else locks.acquire(self.write_lock, wait=False)
@@ -328,7 +328,7 @@ class Database:
 
     @contextmanager
     def write_schema(self, before: Callable[[], None] | None = None) -> Iterator[Connection]:
-        """Begin a write transaction for a migration: of any schema, and without foreign key checks.
+        """Begin a write transaction for a migration, on any schema and without foreign key checks.
 
         Args:
             before: called under the write lock before the transaction begins.
@@ -455,12 +455,12 @@ class Database:
             yield connection
 
     def only_read(self, error: StorageError) -> bool:
-        """Switch to reading only, without new files, if the error is a full disk and there is an index.
+        """Make the cache read-only if the error is a full disk and there is an index.
 
-        SQLite cannot create its -shm then; we read as in a directory that cannot be written to.
+        SQLite cannot create its -shm on a full disk. So the index is read as in a directory that cannot be written to.
 
         Returns:
-            Whether it was switched. The switch ends with the shortage.
+            Whether the cache is read-only now, until the disk has space again.
         """
         if error.errno not in NO_ROOM_ERRNOS or self.file.is_new:
             return False
@@ -476,7 +476,7 @@ class Database:
         self.reserve.refill()  # SQLite has just released two inodes
 
     def end(self) -> None:
-        """Close all connections for good; those in use by threads are closed when the threads are done."""
+        """Close all connections for good; a connection that a thread uses is closed when it is returned."""
         self.ended = True
         self.close()
         if not self.read_only:

@@ -57,13 +57,14 @@ def make_engine(path: Path, directory: Path, open_: Callable[[], CacheConnection
     url = URL.create("sqlite+cachedb", database=str(path))
     engine = create_engine(
         url,
-        max_overflow=-1,  # as many connections as there are threads: a thread that finds none free must not fail
+        max_overflow=-1,  # no limit, so that each thread can get a connection
         creator=open_,
         query_cache_size=0,
         execution_options={"compiled_cache": _STATEMENTS},
     )
     event.listen(engine, "begin", begin)
-    # A compiled statement keeps its dialect, and that keeps this listener. So the listener must not keep the database.
+    # A compiled statement refers to its dialect, and that to this listener. So the listener must not refer to the
+    # database.
     event.listen(engine, "handle_error", partial(_raise_ours, path, directory))
     return engine
 

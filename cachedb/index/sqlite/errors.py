@@ -17,7 +17,7 @@ from cachedb.index.sqlite.revision import REBUILD_ADVICE, is_ours
 __all__ = ["FAILURES", "explain_path_limit", "sqlite_errors", "translate"]
 
 
-# Messages about damage that have no error code of their own begin with these.
+# SQLite reports some damage without an error code of its own. Then the message begins with one of these texts.
 DAMAGED_TEXTS = (
     "no such ",
     "unsupported file format",

@@ -94,7 +94,7 @@ class IndexFile:
         return status.st_dev, status.st_ino, mode
 
     def check_beside(self, *, read_only: bool) -> None:
-        """Check that SQLite neither reads nor changes another file through one beside the index.
+        """Check that SQLite cannot reach another file through a link beside the index.
 
         Args:
             read_only: whether the index is only read, as in a copy by hard links.
@@ -141,26 +141,26 @@ class IndexFile:
             yield
 
     def save_commits(self, connection: CacheConnection) -> None:
-        """Save the commits that are only in a removed WAL, unless there is a new one.
+        """Save the commits that are only in a removed WAL, unless there is a new WAL.
 
         Args:
-            connection: that has the removed WAL open.
+            connection: a connection that has the removed WAL open.
         """
         with ExitStack() as stack, suppress(Busy, OSError):
             if not is_held(self.reentry_key):
                 lock = locks.acquire(self.write_lock, wait=False)
                 if lock is None:
-                    return  # its holder finds the loss too
+                    return  # the holder of the lock finds the loss too
                 stack.callback(locks.release, lock)
             stack.enter_context(self.no_replacement(replacing=True))
             connection.save_commits()
 
     @contextmanager
     def _no_replacement_by_old_releases(self, operation: int) -> Iterator[None]:
-        """Do as `no_replacement` for releases before 0.2, which lock the directory itself; wait at most a second.
+        """Do as `no_replacement` for releases before 0.2, which lock the cache directory itself.
 
-        If another process keeps the lock, the block runs without it: a script may lock the directory with flock(1) and
-        start this process.
+        This waits for a second at most. Then the block runs without the lock, because a script may have locked the
+        directory with flock(1) and started this process.
         """
         folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

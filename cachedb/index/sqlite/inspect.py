@@ -19,7 +19,7 @@ _IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/filef
 def find_faults(database: Database, *, quick: bool = False) -> list[str]:
     """Return the faults of a database file, one line each; at most a hundred of each kind.
 
-    Of an index with another schema, the rows are not read.
+    The rows of an index with another schema are not read.
 
     Args:
         database: the index to check.
@@ -36,7 +36,7 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
             check = f"PRAGMA {'quick_check' if quick else 'integrity_check'}(100)"
             found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
             for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(100):
-                found.append(f"row {row} of {table} refers to a row of {parent} that is not there")
+                found.append(f"row {row} of {table} refers to a row of {parent} that does not exist")
             for table in METADATA.sorted_tables if is_compatible(connection) else ():
                 # Constraints accept text that is not UTF-8 and some invalid times, but reading them fails.
                 for _ in connection.execute(select(table).limit(0 if quick else None)):

@@ -29,7 +29,7 @@ class Lookups:
         self._idle: list[CacheConnection] = []
 
     def find(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
-        """Return the rows of a statement, read in a transaction of its own; None if the index has another schema.
+        """Return the rows of a statement, read in its own transaction; None if the schema is not ours.
 
         Raises:
             sqlite3.Error: if SQLite fails.

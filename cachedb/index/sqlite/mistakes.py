@@ -20,11 +20,11 @@ _NAMING_ERROR = re.compile(
 _UNKNOWN_NAME = re.compile(r'no such (column|table): "?(?:\w+\.)??(?:(\w+)\.)?(\w+)(?![\w.])')
 _MAX_NAMES = 10  # similar names that are tried in the query
 _MAX_PLACES = 10  # places at which they are tried
-_MAX_VIEWS = 3  # a column that more views have says little about the query
+_MAX_VIEWS = 3  # that a hint names; a column of more views is too common for a hint
 
 
 def find_mistake(connection: sqlite3.Connection, query: str, message: str) -> tuple[Place | None, str]:
-    """Return the place of the mistake that SQLite's message means, if known, and a hint to add to the message.
+    """Return the place of the mistake that a message of SQLite means, if known, and a hint to add.
 
     Args:
         connection: a connection that only reads, and that has no authorizer.
@@ -76,7 +76,7 @@ def _try_names(
     for name in difflib.get_close_matches(word.lower(), sorted(set(names) - {word}), _MAX_NAMES):
         for start, stop in places[:_MAX_PLACES]:
             changed = _explain(connection, query[:start] + name + query[stop:])
-            # Another unknown name is another mistake. Before it, SQLite has accepted this name.
+            # If SQLite now complains about another unknown name, it has accepted this one.
             if changed is None or (changed.startswith("no such ") and changed != message and name not in changed):
                 return (start, stop), name
     return None
@@ -108,7 +108,7 @@ def _find_place(connection: sqlite3.Connection, query: str, message: str) -> Pla
     if not found:
         found = [match.span() for match in re.finditer(re.escape(word), query)]
     if message.startswith("near"):
-        # SQLite does not say which occurrence it means: it is the first up to which the query gives the same error.
+        # SQLite does not say which occurrence it means. Cut the query after each: the first with the same error is it.
         for start, stop in found:
             if _explain(connection, query[:stop]) == message:
                 return start, stop

@@ -25,7 +25,7 @@ __all__ = ["accept_copy", "has_our_mark", "prepare"]
 
 _TRANSIENT = re.compile(
     rf"{marker.UNFINISHED_MARKER.pattern}|index\.db-test-.*"
-)  # while another process creates the cache
+)  # files that exist while another process creates the cache
 
 
 def prepare(database: Database, *, create: bool = True) -> str | None:
@@ -124,8 +124,8 @@ def has_our_mark(database: Database) -> bool:
     mark = "PRAGMA application_id"
     with suppress(CacheError), database.look() as connection:
         return bool(connection.exec_driver_sql(mark).scalar_one() == APPLICATION_ID)
-    # A damaged index may still have its header. SQLite reads it: if we opened and closed the file ourselves, SQLite
-    # would lose its locks on it.
+    # A damaged index may still have its header. Let SQLite read it: if this process opened and closed the file itself,
+    # SQLite would lose its locks on it.
     with (
         suppress(sqlite3.Error),
         closing(sqlite3.connect(f"{database.path.as_uri()}?mode=ro&immutable=1", uri=True)) as damaged,
@@ -147,7 +147,7 @@ def _check_copy(database: Database, folders: Folders) -> None:
         found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
         faults = [] if found == "ok" else [str(found)]
         for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1):
-            faults.append(f"row {row} of {table} refers to a row of {parent} that is not there")
+            faults.append(f"row {row} of {table} refers to a row of {parent} that does not exist")
         if not faults and folders.had_marker:
             query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
             for digest, size in connection.exec_driver_sql(query):
@@ -174,7 +174,7 @@ def _absence_error(database: Database) -> CacheError:
 
 
 def _find_strange_file(database: Database, folder: Path | int) -> str | None:
-    """Return the name of a file that keeps the directory, given by its path or descriptor, from becoming a cache."""
+    """Return the name of a file that keeps a directory from becoming a cache; None without one."""
     names = list_names(folder) if isinstance(folder, int) else os.listdir(folder)
     strange = set(filterfalse(_TRANSIENT.fullmatch, names))
     strange -= {"lost+found", POLICY_FILE} | ({"index.db"} if database.file.is_new else set())

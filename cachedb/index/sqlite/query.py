@@ -29,7 +29,7 @@ Value = str | int | float | None
 """A value of a query's parameter or result."""
 
 _CHECK_OPCODES = 2_000  # opcodes of SQLite's virtual machine between two checks of the time and of signals
-_FORK_WAIT_SECONDS = 0.1  # a fork waits this long for the first try of a query; then the query stops and starts anew
+_FORK_WAIT_SECONDS = 0.1  # a fork waits this long for a query; then the query stops, and starts again after the fork
 _IN_MEMORY_BYTES = 4 * 1024 * 1024  # a larger result goes to a temporary file
 _BATCH_BYTES = 64 * 1024  # rows are written to that file in batches of about this size
 _TEMPORARY_BYTES = 1024**3  # a query may write so much to that file, and SQLite so much to files of its own
@@ -47,7 +47,7 @@ _VIRTUAL_TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name 
 # These limits bound a single opcode, because the time is not checked during an opcode.
 _LIMITS: Final = {
     sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value; values in the index are smaller
-    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes; the time of a match is this many times the text's length
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes; a match takes time in proportion to pattern times text
 }
 _MAX_DIGITS: Final = 9  # a number with more digits exceeds every limit
 _CALLS_LIMIT: Final = 200  # function calls in a query; one row may execute all of them
@@ -134,7 +134,7 @@ def run_query(
                 return
         finally:
             rows.close()
-        fork_wait *= 2  # so that a process that forks all the time gets its answer too
+        fork_wait *= 2  # so that the query ends even in a process that forks all the time
 
 
 def _read_rows(
@@ -212,7 +212,7 @@ def _begin_query(
 
 
 class _TemporaryFiles:
-    """SQLite's temporary files in this process, which have no names: for sorts, joins and recursive queries."""
+    """SQLite's temporary files for sorts, joins and recursive queries; they have no names."""
 
     def __init__(self) -> None:
         self._measured = time.monotonic()
@@ -315,7 +315,7 @@ class _Stream:
             yield row
 
     def close(self) -> None:
-        """Close the connection, unless this call interrupts a read: a signal handler may fork then."""
+        """Close the connection, unless this call interrupts a read, as a fork in a signal handler may."""
         with forks.no_fork():
             if self._connection and not self._is_reading:
                 self._connection.set_progress_handler(None, 0)
@@ -388,7 +388,7 @@ def _limit_opcodes(connection: sqlite3.Connection, query: str) -> None:
         connection.create_function("replace", 3, _replace, deterministic=True)
         for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
             connection.create_function(name, 2, partial(_trim, strip), deterministic=True)
-    # SQLite's own function writes all characters of a large width or precision, even after the value is too large.
+    # SQLite's own function writes all characters of a large width or precision, even if the value is then too large.
     if _FORMAT_CALL.search(query):
         for name in ("printf", "format"):
             connection.create_function(name, -1, _Format(), deterministic=True)
@@ -471,7 +471,7 @@ def _check_format(text: str, values: Iterator[Value]) -> None:
 
 
 def _absolute(value: Value, limit: int) -> int:
-    """Return the absolute value, as SQLite converts it to an integer; ``limit + 1`` stands for all larger ones."""
+    """Return the absolute value as SQLite converts it to an integer, at most ``limit + 1``."""
     if isinstance(value, (str, bytes)):
         number = re.match(r"\s*[-+]?0*(\d+)", _as_text(value))
         if number is None:

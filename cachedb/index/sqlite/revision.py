@@ -1,4 +1,4 @@
-"""Read the application_id, the revision and the objects of a database file, and find its broken keys."""
+"""Read the application_id, the revision and the objects of a database file; find broken keys."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ _IN_THE_WAY = re.compile(r"error in (index|trigger|view) (.+?)(?: after [a-z ]+)
 
 
 def read_objects(connection: Connection) -> dict[tuple[str, str], str]:
-    """Return what SQLite knows by kind and name, each as the SQL that made it, without the layout."""
-    # SQLite makes an index for a constraint, and `ANALYZE` makes statistics. Other names that begin with `sqlite_` are
-    # forged: with `PRAGMA writable_schema` anything can have one.
+    """Return the objects of a database by kind and name, each as its SQL without layout."""
+    # SQLite creates an index for a constraint, and `ANALYZE` creates statistics. Include all other names that begin
+    # with `sqlite_`: they are forged, which `PRAGMA writable_schema` allows.
     query = """SELECT type, name, sql FROM sqlite_master WHERE NOT (type = 'index' AND sql IS NULL)
         AND NOT (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat3', 'sqlite_stat4'))"""
     return {(kind, name): " ".join(str(sql).split()) for kind, name, sql in connection.exec_driver_sql(query)}
 
 
 def explain_refusal(error: BaseException) -> str | None:
-    """Return what SQLite says, if it is of something that a person has put into the index."""
+    """Explain why SQLite refuses a migration because of a row or an object of another program; else None."""
     if isinstance(error, IntegrityError):
         return f"SQLite refused a row: {error.orig}"
     if isinstance(error, StorageError) and (found := _IN_THE_WAY.fullmatch(str(error.__cause__))):
         kind, name, reason = found.groups()
-        return f"the {kind} {name!r} is over what it takes away ({reason}): drop it first"
+        return f"the {kind} {name!r} uses what the change removes ({reason}): drop it first"
     return None
 
 
 def find_broken_keys(connection: Connection) -> Iterator[str]:
-    """Yield the tables whose rows refer to rows that do not exist."""
+    """Yield the rows that refer to rows that do not exist, as text."""
     for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
         yield f"{table} {row} to {parent}"
 
 
 def revision_of(connection: sqlite3.Connection) -> str | None:
-    """Return the revision that a database file says it has."""
+    """Return the revision that a database file states; None if it states none."""
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone() is None:
         return None
     row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -76,7 +76,7 @@ def revision_of(connection: sqlite3.Connection) -> str | None:
 
 
 def read_versions(connection: Connection) -> set[str]:
-    """Return what the table of Alembic says."""
+    """Return the revisions in Alembic's table, which should be one."""
     return set(map(str, connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()))
 
 
@@ -87,12 +87,12 @@ REBUILD_ADVICE = "`cachedb verify --repair` rebuilds it from the newest backup a
 
 
 def lost_index_error(directory: Path) -> DamagedIndex:
-    """Return the error for a cache that has its blobs, and no index."""
+    """Return the error for a cache that has blobs but no index."""
     return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs: {REBUILD_ADVICE}")
 
 
 def is_ours(directory: Path) -> bool:
-    """Return whether a directory is a cache, whatever has become of its index."""
+    """Return whether a directory is a cache, even if its index is lost or damaged."""
     with suppress(CacheError, OSError):
         return marker.read(directory) is not None or has_backup(directory)
     return False
@@ -106,7 +106,7 @@ def has_cache(directory: Path) -> bool:
     """
     with os_errors("use the cache directory"):
         path = directory / "index.db"
-        # An empty file is of a process that is creating the cache, or was killed then.
+        # A process that creates the cache, or was killed meanwhile, leaves an empty file.
         return (path.exists() and path.stat().st_size > 0) or is_ours(directory)
 
 
@@ -139,7 +139,7 @@ def read_own_revision(connection: Connection, path: Path, directory: Path) -> st
 
 def has_backup(directory: Path) -> bool:
     """Return whether a directory has a backup with our application_id: older releases left no marker."""
-    # Not so the index itself: closing it here would release SQLite's locks on it in this process.
+    # The index itself is not opened, because closing it here would release SQLite's locks on it in this process.
     for path in (directory / "backups").glob("*.db"):
         with suppress(OSError):
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -167,7 +167,7 @@ def schema_error(directory: Path, revision: str | None) -> SchemaMismatch | Dama
 
 
 def is_empty(connection: Connection) -> bool:
-    """Say whether nothing was ever written to this database."""
+    """Return whether nothing was ever written to this database."""
     return connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").first() is None
 
 
@@ -181,14 +181,14 @@ def read_revision(connection: Connection) -> str | None:
 
 
 def read_oldest(connection: Connection) -> int:
-    """Return the oldest schema whose releases can work with this one too, as its migration says; 0 if none does.
+    """Return the oldest schema whose releases can still use this index; 0 if no migration set it.
 
-    It is SQLite's ``user_version``, which is as free for the use of programs as the ``application_id``.
+    A migration writes it to SQLite's ``user_version``, which is free for programs, as the ``application_id`` is.
     """
     return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
 
 def is_compatible(connection: Connection) -> bool:
-    """Say whether this release can work with the schema: it is ours, or a newer one that says so."""
+    """Return whether this release can use the schema: its own, or a newer one that allows it."""
     revision = read_revision(connection) or ""
     return revision == REVISION or (revision > REVISION and 0 < read_oldest(connection) <= int(REVISION))

@@ -21,8 +21,8 @@ def transaction(connection: Connection, turn: turns.Turn, check_files: Callable[
     """Commit the changes of the block, or roll them back on an error.
 
     A process that is killed during a commit, or cannot sync it, may leave a complete commit in the WAL that no process
-    sees. SQLite would apply it after all processes have closed the index, when its blobs may be deleted. So another
-    commit first overwrites it.
+    sees. SQLite would apply it later, after all processes have closed the index. Its blobs may be deleted by then. So
+    this first overwrites it with another commit.
 
     Args:
         connection: the connection to write with.
@@ -89,5 +89,5 @@ def begin(connection: Connection) -> None:
 
 
 def read_first(connection: Connection) -> None:
-    """Begin a read transaction with a read that fits any schema; raises `Busy` if the index is locked."""
+    """Begin a read transaction with a read that any schema allows; raise `Busy` if the index is locked."""
     connection.exec_driver_sql("PRAGMA schema_version")
