@@ -1,4 +1,4 @@
-"""Whether this process may change a cache directory, and the open folders to change it in."""
+"""Decide whether this process may change a cache directory, and open its folders for changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Access"]
 
 
 class Access:
-    """The right of this process to change a cache directory, or only to read it."""
+    """The right of this process to change a cache directory, or only to read from it."""
 
     def __init__(self, directory: Path, index: Path, *, trust: bool, search_links: bool = True) -> None:
         """Find out whether the directory can be changed; nothing is opened yet.
 
         Args:
             directory: of the cache.
-            index: the database to open; if it is missing, the directory is not only read.
-            trust: change the directory of another user.
-            search_links: whether a directory whose marker or index has hard links elsewhere is only read.
+            index: the database to open; without it, the directory is never read-only.
+            trust: change the directory even if it belongs to another user.
+            search_links: make a directory read-only if its marker or index has hard links elsewhere.
         """
         self._directory, self._trust = directory, trust
         self._folders: Folders | None = None
@@ -36,7 +36,7 @@ class Access:
 
     @property
     def read_only(self) -> bool:
-        """Whether the directory is only read, for one cause or several."""
+        """Whether the directory is read-only for this process, for any reason."""
         return not self.is_writable or self._refusal is not None or self._shortage is not None
 
     @property
@@ -44,8 +44,8 @@ class Access:
         """The open cache directory, for changes.
 
         Raises:
-            NotOurs: if it is another user's, and neither shared nor trusted; or a copy by hard links.
-            StorageError: if it cannot be opened, or only be read.
+            NotOurs: if it belongs to another user, and is neither shared nor trusted; or if it is a copy by hard links.
+            StorageError: if it cannot be opened, or is read-only.
         """
         if self._refusal is not None:
             raise NotOurs(str(self._refusal))
@@ -75,15 +75,15 @@ class Access:
             self._folders.check()
 
     def only_read(self, shortage: StorageError) -> None:
-        """Only read the directory until its file system has room again.
+        """Make the directory read-only until its file system has room again.
 
         Args:
-            shortage: the error to raise for changes until then.
+            shortage: the error that changes raise until then.
         """
         self._shortage = shortage
 
     def end_shortage(self) -> bool:
-        """End a shortage that is over; return whether there was one. If it goes on, raise its error."""
+        """Return whether a shortage has ended now; raise its error if it has not."""
         if self._shortage is None:
             return False
         if space.find_shortage(self._directory, RESERVE_BYTES):

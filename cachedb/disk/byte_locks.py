@@ -1,7 +1,7 @@
 """Lock single bytes of an open file.
 
 The kernel releases such a lock when the file is closed or its process ends. Like a `flock`, it belongs to the open
-file; the two kinds do not conflict. Some sandboxes do not support these locks.
+file. The two kinds of locks do not conflict. Some sandboxes do not support locks of bytes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ __all__ = ["are_running", "claim_key", "find_resumable_bytes", "is_stale", "meas
 
 
 _KEY_PREFIX = "blob "
-_STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
+_STALE_SECONDS = 24 * 60 * 60  # a download that no process has resumed for so long is removed
 _UNOPENABLE_ERRNOS = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # for a symbolic link, another user's file and a socket
 
 

@@ -1,4 +1,4 @@
-"""Write files durably: a file appears under its name only when it is whole.
+"""Write files durably: a file gets its name only when it is whole.
 
 On most file systems an unfinished file has no name, so a killed process leaves nothing. On others it has a name from
 `part_path`, and its process holds a lock on it. `remove_leftovers` removes such files that are not locked.
@@ -104,7 +104,7 @@ def _link_part(file: FileIO, part: Path) -> None:
     try:
         # With a folder descriptor Python calls linkat(2), which follows the link in /proc.
         os.link(f"/proc/self/fd/{file.fileno()}", part.name, dst_dir_fd=folder)
-    except OSError:  # some file systems make files without names, but cannot link them
+    except OSError:  # some file systems create files without names, but cannot link them
         with _make_part(part) as copy:
             file.seek(0)
             shutil.copyfileobj(file, copy, 1024 * 1024)
@@ -147,7 +147,7 @@ def _remove_leftover(path: str, beside: str) -> None:
 
 
 def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
-    """Copy an open file durably to a new file with the mode of its folder; never follow a link with that name.
+    """Copy an open file durably to a new file, which gets the mode of its folder.
 
     Args:
         source: open for reading.
@@ -155,7 +155,7 @@ def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
         folder: descriptor of the folder of the new file.
 
     Raises:
-        FileExistsError: if the name exists.
+        FileExistsError: if the name exists, even as a link.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with FileIO(os.open(name, flags, 0o600, dir_fd=folder), "rb+") as copy:
@@ -165,7 +165,7 @@ def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
 
 
 def clone_content(source: int, target: int) -> bool:
-    """Make an empty file share the bytes of another file, as a reflink; return whether the file systems can.
+    """Make an empty file a reflink to another file; return False if a file system does not support it.
 
     Args:
         source: descriptor of the file with the bytes.

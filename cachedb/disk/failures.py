@@ -1,7 +1,7 @@
 """Remember for five minutes, in all processes, that something has failed.
 
-A failure is an empty file in ``locks/``; its modification time is the time of the failure. The file is made in one
-step, and a lost one only means that somebody tries again. A sweep removes old files.
+A failure is an empty file in ``locks/``. Its modification time is the time of the failure. If the file is lost, a
+process only tries again too early. A sweep removes old files.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def note_failure(directory: Path, key: str) -> None:
 
 
 def has_failed(directory: Path, key: str) -> bool:
-    """Return whether a failure was noted in the last five minutes; False for a file whose time is in the future."""
+    """Return whether a failure was noted in the last five minutes; times in the future do not count."""
     with ignore_os_errors():
         return _is_recent((directory / "locks" / _file_name(key)).lstat())
     return False

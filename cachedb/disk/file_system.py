@@ -63,7 +63,7 @@ def find_file_system_type(directory: Path) -> str | None:
 
 
 def explain_shared(directory: Path) -> str | None:
-    """Return the error text for a directory on a file system that hosts share, or None for other ones.
+    """Return the error text for a directory on a file system that hosts share; None for other ones.
 
     The processes of one host share SQLite's WAL through memory, and one kernel keeps their locks. Two hosts share
     neither, so they would overwrite each other's data (https://sqlite.org/wal.html, "Overview").
@@ -96,7 +96,7 @@ def check_features(directory: Path) -> None:
 
 def _find_fault(directory: Path) -> str | None:
     """Return the first feature a cache needs that does not work in a directory, or None if all work."""
-    # The names look like SQLite's, so a process that makes the same cache takes them for files of the index.
+    # Another process may be creating this cache. It accepts these files, because their names look like SQLite's.
     name = f"{directory}/index.db-test-{secrets.token_hex(6)}"
     path, second = f"{name}.test", f"{name}-2.test"
     with ExitStack() as stack:
@@ -171,4 +171,4 @@ def _find_name_fault(path: str, second: str) -> str | None:
         os.rename(second, path)
     except OSError as error:
         return f"files cannot be renamed: {error.strerror}"
-    return None if os.path.exists(path) and not os.path.lexists(second) else "a renamed file keeps its name"
+    return None if os.path.exists(path) and not os.path.lexists(second) else "a renamed file keeps its old name"

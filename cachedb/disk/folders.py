@@ -2,7 +2,7 @@
 
 The directory is opened once. Each of its folders is opened relative to it when needed. A folder is refused if it is a
 symbolic link, on another file system, or another user's. Files are deleted and renamed relative to these descriptors.
-So neither a planted link nor another directory in the cache's place can lead us elsewhere.
+So neither a planted link nor another directory in the cache's place can lead an operation elsewhere.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Folders:
         weakref.finalize(self, _close, self.root, (self.status.st_dev, self.status.st_ino))
         self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
-        """Whether the cache may be a copy, made file by file, that nobody has checked yet."""
+        """Whether the cache may be a copy that was made file by file, and not checked yet."""
         self.is_outdated = False
         """Whether the marker names an earlier place of the cache: see `refresh_marker`."""
         self.had_marker = False
@@ -275,7 +275,7 @@ class Folders:
 
 
 def _close(folder: int, identity: tuple[int, int]) -> None:
-    """Close a folder, unless a program has closed all descriptors, and this one is another file now."""
+    """Close a folder, unless a program has closed its descriptor and the number is another file now."""
     with suppress(OSError):
         status = os.fstat(folder)
         if (status.st_dev, status.st_ino) == identity:
@@ -283,7 +283,7 @@ def _close(folder: int, identity: tuple[int, int]) -> None:
 
 
 def set_aside(folder: int, name: str) -> None:
-    """Rename an entry of a folder that is in the place of a file of ours; it stays there, and `verify` names it.
+    """Rename an entry that has the name of a file of the cache; `verify` reports the renamed entry.
 
     Args:
         folder: descriptor of the folder.
@@ -293,7 +293,7 @@ def set_aside(folder: int, name: str) -> None:
 
 
 def rename_over(name: str, folder: int, new_name: str, new_folder: int) -> None:
-    """Rename a file to a name in another open folder; if a folder has that name, `set_aside` moves it."""
+    """Rename a file into another open folder; a folder that already has the name is set aside."""
     try:
         os.rename(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
     except IsADirectoryError:
@@ -302,7 +302,7 @@ def rename_over(name: str, folder: int, new_name: str, new_folder: int) -> None:
 
 
 def find_links(directory: Path) -> NotOurs | None:
-    """Return the error for a cache that was copied by hard links; None for others."""
+    """Return the error for a cache that was copied by hard links; None for other caches."""
     with suppress(FileNotFoundError, NotADirectoryError):
         if os.lstat(directory / marker.MARKER).st_nlink == 1 == os.lstat(directory / "index.db").st_nlink:
             return None
@@ -341,7 +341,7 @@ def give_to_folder_owner(file: int, folder: os.stat_result) -> None:
 
 
 def apply_folder_mode(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:
-    """Give a new file or folder the mode of its folder, despite the umask; if root made it, the owner too."""
+    """Give a new file or folder the mode of its folder; if root made it, also the owner."""
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
         return  # another user's process has made it meanwhile

@@ -1,4 +1,4 @@
-"""What a fork does to locks, connections and open files.
+"""Keep locks, connections and open files correct when the process forks.
 
 A forked child inherits open files, and with them the locks that belong to them. The child closes its copies at once, so
 it neither keeps its parent's locks nor releases them. Other objects close before a fork, or drop their state in the
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-_FORK_POLL_SECONDS = 0.1  # a signal handler may end the thread that would notify the fork
+_FORK_POLL_SECONDS = 0.1  # a fork polls, because a signal handler may end the thread that would notify it
 
 
 class Forkable(Protocol):
@@ -46,7 +46,7 @@ class Closable(Protocol):
 
 
 _open_files: set[FileIO] = set()
-_guard = threading.RLock()  # held while a file is opened, so that no fork misses it; a signal handler may fork
+_guard = threading.RLock()  # held while a file is opened, so that no fork misses it; reentrant for signal handlers
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
 _changed = threading.Condition()  # guards the next two variables; held during a fork
@@ -72,8 +72,7 @@ def close_own(file: FileIO) -> None:
 def no_fork() -> Iterator[None]:
     """Block `os.fork` in other threads during this block; a block that begins during a fork waits for it.
 
-    The block must end whatever others do. So it calls no function of a caller, and waits for no other process or
-    thread.
+    The block must end by itself. So it must not call a function of a caller, nor wait for another process or thread.
     """
     thread, counted = threading.get_ident(), False
     try:
@@ -85,7 +84,7 @@ def no_fork() -> Iterator[None]:
         yield
     finally:
         if counted:
-            # First of all: an error from a signal handler before this line would let a fork wait for ever.
+            # Do this first: if a signal handler raised an error before this line, forks would wait forever.
             _unforked[thread] -= 1
             with _changed:
                 if not _unforked[thread]:
@@ -148,6 +147,7 @@ def _finish_fork_in_child() -> None:
         forkable.forked()
 
 
-# `logging` and thread pools take their locks before a fork too. The hook that is registered last runs first. A thread
-# that our hook waits for may need those locks. So both modules are imported above, and our hook is registered last.
+# `logging` and thread pools take locks before a fork too, in hooks of their own. A thread that this module's hook waits
+# for may need those locks, so this hook must run first. The hook that is registered last runs first. So both modules
+# are imported above.
 os.register_at_fork(before=_prepare_fork, after_in_parent=_finish_fork, after_in_child=_finish_fork_in_child)

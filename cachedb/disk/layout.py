@@ -40,7 +40,7 @@ __all__ = [
 
 
 REVISION = "0007"
-"""The newest migration, whose schema `cachedb.index.tables` describes. Here it can be read without SQLAlchemy."""
+"""The newest migration; it is here and not in `cachedb.index`, to be read without SQLAlchemy."""
 
 POLICY_FILE = "policy.toml"
 """The file in the cache directory that says which images to keep and to remove."""
@@ -86,7 +86,7 @@ def blob_file(directory: Path, digest: Digest) -> str:
     """Return the path of a stored blob as text; for many blobs this is faster than `blob_path`.
 
     Raises:
-        DamagedIndex: if the digest is invalid: an index from elsewhere may have a path in its place.
+        DamagedIndex: if the digest is invalid; a forged index may have a path there.
     """
     if not is_digest(digest):
         raise DamagedIndex(
@@ -125,7 +125,7 @@ partial_digest = trash_digest  # partial downloads have the same names
 def received_digest(name: str) -> Digest | None:
     """Return the digest in the name of a file in a session's folder; None if it has none.
 
-    The name has a digest from the start if the digest is known, else when the file is whole.
+    If the digest is known before, the name has it from the start. Otherwise it gets it when the file is whole.
     """
     number, _, digest = name.partition(".")
     return trash_digest(digest) if number.isdecimal() else None
@@ -142,7 +142,7 @@ def is_session(name: str) -> bool:
 
 
 def lock_kind(name: str) -> str | None:
-    """Return the kind of a file in ``locks/``: session, producing, failure or write; None if it is not ours."""
+    """Return the kind of a file in ``locks/``: session, producing, failure, write; None for others."""
     stem, _, suffix = name.rpartition(".")
     if suffix == "session" and is_session(stem):
         return "session"

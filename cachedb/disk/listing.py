@@ -1,4 +1,4 @@
-"""List an open folder as it is now."""
+"""List the present names in an open folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["list_names"]
 
 
 def list_names(folder: int) -> list[str]:
-    """Return the names in a folder, also those that were added after it was opened.
+    """Return the names in a folder, including those that were added after it was opened.
 
-    On btrfs, `os.listdir` of a descriptor misses what was added since then. And threads that list one descriptor at
-    the same time share its position, so each gets a part. So the folder is opened again.
+    The folder is opened again for this. On btrfs, `os.listdir` of an old descriptor misses names that were added
+    later. And if two threads list one descriptor at the same time, each gets only a part.
 
     Args:
         folder: its descriptor.

@@ -1,4 +1,4 @@
-"""Find out which process holds a lock: the holder writes a record into the lock file.
+"""Find out which process holds a lock, from the record that it wrote into the lock file.
 
 The record only informs people. A process counts as alive while it holds its lock, which the kernel releases at its end.
 """
@@ -42,7 +42,7 @@ class Process(NamedTuple):
     pid: int
     command: str  # its name and arguments
     uid: int  # of its user
-    start: str  # its start time; a later process with the same pid has another
+    start: str  # its start time, because a later process may get the same pid
     namespace: str  # its PID namespace; containers have their own pids
 
     def __str__(self) -> str:

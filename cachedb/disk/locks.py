@@ -1,7 +1,7 @@
 """Lock files. The kernel releases a `flock` when its process dies.
 
-A wait that can be long is a `Wait`: it ends, and it names the holder. `flock` has no time-out, so we try again after
-short pauses.
+A wait that can be long is a `Wait`: it ends, and it names the holder. `flock` has no time-out, so `acquire` tries again
+after short pauses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MIN_NAP_SECONDS, _MAX_NAP_SECONDS = 0.0002, 0.02
 def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
     """Lock a file exclusively and return it open, for `release`; create it if it is missing.
 
-    If the file is unlinked or renamed while we wait, other processes lock a new file. So we try again.
+    If the file is unlinked or renamed during the wait, other processes lock a new file. Then this locks the new file.
 
     Args:
         path: of the file.
@@ -123,7 +123,7 @@ def find_holder(file: int) -> Process | None:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process holds the exclusive lock on a file; False for a link or another kind of file."""
+    """Return whether a process holds the exclusive lock on a file; False if it is not a regular file."""
     try:
         file = open_regular(path, os.O_RDONLY)
     except OSError as error:
@@ -159,7 +159,7 @@ def hold_lock(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
         lock_holders.write_record(file.fileno())
         yield file
     finally:
-        if not file.closed:  # a fork closes it in the child, and the record belongs to the parent
+        if not file.closed:  # in a forked child it is closed, and the record belongs to the parent
             lock_holders.clear_record(file.fileno())
         release(file)
 
@@ -201,7 +201,7 @@ def _open_or_create(path: str, _flags: int) -> int:
 
 
 def _create_shared(path: str) -> int | None:
-    """Create a lock file that has its mode before its name, so that no member is refused in between.
+    """Create a lock file with its mode before it gets its name, so that no member is ever refused.
 
     Returns:
         The descriptor; None if the folder is not shared, or the file system cannot do this.

@@ -37,7 +37,7 @@ MARKER = "cachedb.json"
 UNFINISHED_MARKER = re.compile(r"\.cachedb-[0-9a-f]{16}\.marker")
 """Matches the name of an unfinished marker, which stays if its writer dies."""
 
-_FORMAT = 1  # of the directory: which files are where; the index has its own schema
+_FORMAT = 1  # of the directory: which file is where; the schema of the index has its own number
 _MAX_BYTES = 4096  # a longer marker is invalid
 _ID = re.compile(r"[0-9a-f]{32}")
 _BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
@@ -48,7 +48,7 @@ class Marker(NamedTuple):
 
     format: int
     id: str  # 32 hexadecimal digits, chosen at random
-    inode: int | None  # of the marker's file; differs in a copy; None if the cache may be a copy
+    inode: int | None  # of the marker's file, to detect copies; None if the cache may be a copy
     directory: int | None = None  # its inode; None in a marker of an older release
     file_system: str | None = None  # of the directory, from `_file_system_id`
     boot: str | None = None  # the host's boot id when the marker was written
@@ -116,7 +116,7 @@ def _parse(data: bytes) -> Marker:
     if not is_valid:
         raise NotACache(f"{MARKER!r} is not a marker of cachedb: delete it if the directory is a cache, and try again")
     if marker.format > _FORMAT:
-        raise SchemaMismatch(f"{MARKER!r} says that a newer release has made the cache: use a newer release of cachedb")
+        raise SchemaMismatch(f"{MARKER!r} is from a newer release: use a newer release of cachedb")
     return marker
 
 
@@ -131,7 +131,7 @@ def write(folder: int, settle: Callable[[int], object], *, is_sound: bool = True
     with (
         _new_marker(folder, settle, is_sound=is_sound) as part,
         suppress(FileExistsError),
-    ):  # another process was first, and has chosen the id
+    ):  # another process was first, and its marker stays
         os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     found = read(folder)
     assert found is not None
@@ -184,7 +184,7 @@ def _replace(folder: int, settle: Callable[[int], object], cache_id: str) -> Non
 def _new_marker(
     folder: int, settle: Callable[[int], object], *, is_sound: bool, cache_id: str | None = None
 ) -> Iterator[str]:
-    """Yield the name of a new, synced marker; sync the names that the block gives it at the end."""
+    """Yield the temporary name of a new, synced marker, which the block links or renames; then sync that."""
     part = f".cachedb-{secrets.token_hex(8)}.marker"
     file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:

@@ -68,7 +68,7 @@ def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:
 
 def damaged_error(digest: Digest) -> DigestMismatch:
     """Return the error for a blob whose file has the wrong content."""
-    return DigestMismatch(f"the file of {digest} is damaged, its content has another digest: {REPAIR_ADVICE}")
+    return DigestMismatch(f"the file of {digest} is damaged: its content has another digest: {REPAIR_ADVICE}")
 
 
 def missing_file_error(digest: Digest) -> StorageError:

@@ -1,4 +1,4 @@
-"""Open a file only if it is a regular file, because another program may have put a link or a pipe in its place."""
+"""Open only regular files, because another program may have put a link or a pipe in the place."""
 
 from __future__ import annotations
 

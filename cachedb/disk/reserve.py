@@ -1,4 +1,4 @@
-"""Reserve space and inodes, to give them up when the disk is full."""
+"""Reserve space and inodes on the disk, and free them when it is full."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Reserve:
             self._keep_inodes()
 
     def refill(self) -> None:
-        """Reserve the inodes again that this process gave up; call it when SQLite has removed its files."""
+        """Reserve again the inodes that this process gave up; call it when SQLite has removed its files."""
         if self._gave_up:
             self._gave_up = False
             self.keep()
@@ -94,8 +94,8 @@ class Reserve:
     def run(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """Call a function; if the disk is full, free the reserve and call it or another function again.
 
-        Without free space SQLite can neither delete rows nor even read, because it needs room for its WAL. The inodes
-        are freed first, which may be enough. Then the space and the unfinished downloads are freed.
+        Without free space, SQLite can neither delete rows nor read, because it needs room for its WAL. First the
+        reserved inodes are freed, which may be enough. Then the reserved space and partial downloads are freed.
 
         Args:
             work: the function.

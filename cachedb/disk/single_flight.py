@@ -1,8 +1,8 @@
 """Single flight: if several processes want the same thing, one produces it and the others wait for it.
 
 The producer holds a claim: a locked file. `show_progress` sets the file's modification time, so that other processes
-see when the work last made progress. A waiting process may take over a claim without progress, such as that of a
-stalled download: it unlinks the file. If the former holder continues, it sees that its claim is lost.
+see when the work last made progress. A waiting process may take over a claim that makes no progress, such as that of a
+stalled download. To do so, it unlinks the file. If the former holder continues, it sees that its claim is lost.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def _take_claim(path: Path, key: str) -> FileIO | None:
 
 
 def _is_planted(path: Path, error: OSError) -> bool:
-    """Return whether another user of a shared cache may have put the file there; the key gives its name away."""
+    """Return whether another user of a shared cache may have put the file there to block the claim."""
     if error.errno == errno.EACCES and is_shared(os.stat(path.parent)):
-        time.sleep(_POLL_SECONDS)  # its user may be about to give it the mode of the cache
+        time.sleep(_POLL_SECONDS)  # the user's process may be about to give it the mode of the cache
         return not os.access(path, os.R_OK | os.W_OK)
     return error.errno == errno.EINVAL  # a link, a pipe or a folder
 
@@ -209,7 +209,7 @@ def claim_or_find(
         raise CacheError(f"this thread is already producing {key!r}: end that block first")
     lock = None
     try:
-        own_paths.add(path)  # before the lock, so that a signal handler does not wait for its own thread
+        own_paths.add(path)  # before the lock, else a signal handler could wait for its own thread
         what = f"make a lock file for {key}"
         with os_errors(what), Wait(key, choose_wait_seconds(seconds), lambda: _read_progress(path)) as wait:
             while (lock := _take_claim(path, key)) is None:
@@ -234,7 +234,7 @@ def _read_progress(path: Path) -> object:
     """Return a value that changes while the holder of a claim makes progress."""
     with suppress(OSError), FileIO(path, opener=open_regular) as file:
         if lock_holders.read_record(file.fileno()) is None:
-            return time.monotonic()  # the holder is an old release, which notes no progress
+            return time.monotonic()  # the holder is an old release, which does not note its progress
         status = os.fstat(file.fileno())
         return status.st_ino, status.st_mtime_ns
     return None
@@ -263,9 +263,9 @@ def try_claim(directory: Path, key: str, *, is_working: Callable[[], bool] | Non
     Args:
         directory: of the cache.
         key: names the thing that is wanted.
-        is_working: as for `claim_or_find`; None for a block that takes a moment only.
+        is_working: as for `claim_or_find`; None for a block that takes only a moment.
     """
-    path, own_paths = _claim_path(directory, key), _claims_of_thread()  # another thread may end the block
+    path, own_paths = _claim_path(directory, key), _claims_of_thread()  # look up now: another thread may end the block
     if path in own_paths:
         yield False
         return

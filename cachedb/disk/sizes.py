@@ -30,14 +30,14 @@ _FREED: Final = ("old partial downloads", "trash")
 
 
 class FileSizes(NamedTuple):
-    """The bytes of all files of a cache except its blobs, by what they are; `df` and plans have the same words."""
+    """The bytes of all files of a cache except its blobs, by kind; `df` and plans use the same words."""
 
     kept: dict[str, int]  # files that stay
     freed: dict[str, int]  # files that a prune or a collection removes
 
     @property
     def total_size(self) -> int:
-        """The bytes of all of them."""
+        """The bytes of all these files."""
         return sum(self.kept.values()) + self.freed_size
 
     @property
@@ -54,9 +54,9 @@ class FileSystem(NamedTuple):
 
 
 def measure_files(directory: Path) -> FileSizes:
-    """Return the sizes of the files of a cache outside ``blobs/``, without those in folders that this user cannot read.
+    """Return the sizes of the files of a cache outside ``blobs/``, as far as this user can read folders.
 
-    A file with several names counts once: a downloaded blob has two until it is stored.
+    A file with several names counts once. A downloaded blob has two names until it is stored.
 
     Raises:
         StorageError: if a file of the cache cannot be read.

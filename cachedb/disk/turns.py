@@ -1,8 +1,8 @@
 """A lock that processes get in the order in which they ask.
 
-When a `flock` is released, the kernel wakes all waiting processes, and the quickest gets the lock. Of 64 processes one
-waited 4.5 seconds, a hundred times the mean. So in `hold_in_turn` each process takes a number first. The numbers only
-give the order; the lock alone keeps two processes apart.
+When a `flock` is released, the kernel wakes all waiting processes, and the quickest gets the lock. In a test with 64
+processes, one waited 4.5 seconds, a hundred times the mean. So in `hold_in_turn` each process takes a number first. The
+numbers only give the order. The lock alone excludes other processes.
 
 A waiting process locks the byte of its number in the queue's file. The kernel releases that lock when the process
 dies, so the others notice at once.
@@ -29,7 +29,7 @@ from cachedb.errors import Busy, CacheReplaced
 __all__ = ["Turn", "Waiter", "find_waiters", "hold_in_turn"]
 
 
-_LAST_OFFSET, _SERVED_OFFSET = 0, 8  # bytes; a queue's file has there the last number taken and the last one served
+_LAST_OFFSET, _SERVED_OFFSET = 0, 8  # bytes; the places of the last number taken, and of the last one served
 _PATIENCE_SECONDS = 0.01  # how long the lock may be free before the next process loses its turn
 _NAP_SECONDS = 0.0005  # for each number before ours
 _MAX_WAITING = 100_000  # a longer queue is damaged
@@ -53,7 +53,7 @@ class Turn:
         """Check that the lock still keeps other processes out.
 
         Args:
-            consequence: what happened if it does not, and what to do, for the error.
+            consequence: for the error: what happened because the lock was lost, and what to do.
 
         Raises:
             CacheReplaced: if the lock is lost.
@@ -122,7 +122,7 @@ def _take_number(path: Path) -> tuple[FileIO, int] | None:
     try:
         last, served = _read_number(queue, _LAST_OFFSET), _read_number(queue, _SERVED_OFFSET)
         if not 0 <= last - served <= _MAX_WAITING or last > _MAX_NUMBER:
-            # The file is damaged, perhaps by a power cut. Numbers start again, and waiting processes notice it.
+            # The file is damaged, perhaps by a power cut. Start the numbers again; waiting processes notice it.
             last = 0
             _write_number(queue, _SERVED_OFFSET, 0)
         number = last + 1
@@ -130,7 +130,7 @@ def _take_number(path: Path) -> tuple[FileIO, int] | None:
         _write_number(queue, _LAST_OFFSET, number)
         fcntl.flock(queue, fcntl.LOCK_UN)
     except BaseException:
-        locks.release(queue)  # unlocks it too, because a child forked now may still have a copy
+        locks.release(queue)  # unlock, and not only close: a child that is forked now may have a copy
         raise
     return queue, number
 
@@ -141,7 +141,7 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
     while number - 1 - (now_served := _read_number(queue, _SERVED_OFFSET)) > 0:
         if number > _read_number(queue, _LAST_OFFSET):
             return  # the numbers have started again
-        # If the kernel cannot tell, this is the next number; we wait for it for `_PATIENCE_SECONDS`.
+        # If byte locks are not supported, this is the next number, which gets `_PATIENCE_SECONDS`.
         first = byte_locks.find_first_locked(queue.fileno(), now_served + 1, number - 1)
         if first is None:
             return  # the processes before us died
@@ -149,10 +149,10 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
         if now_served != served:
             served, since, free = now_served, now, False
         elif now - since > _PATIENCE_SECONDS / 2:
-            # Either the lock is held for long, or the next process is stopped.
+            # Either the lock is held for a long time, or the next process is stopped.
             lock = locks.acquire(path, wait=False)
             if lock is not None:
-                # Skip the next process only if the lock is free twice: it may be about to wake up.
+                # Skip the next process only if the lock is free twice, because it may be about to wake up.
                 if free and _read_number(queue, _SERVED_OFFSET) <= served:
                     _write_number(queue, _SERVED_OFFSET, served + 1)
                 locks.release(lock)

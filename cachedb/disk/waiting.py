@@ -52,9 +52,9 @@ class Wait:
         """Prepare a wait.
 
         Args:
-            what: the thing we wait for, as errors name it, such as "the write lock".
+            what: the name, in errors, of the thing to wait for, such as "the write lock".
             seconds: after which to give up.
-            progress: returns a value that changes when the other process makes progress; the seconds start again then.
+            progress: returns a value that changes when the other process makes progress. Then the seconds start again.
         """
         self.on_begin: Callable[[], None] | None = None
         """A function to call once, in the first nap."""
@@ -95,7 +95,7 @@ class Wait:
 
         Args:
             seconds: to sleep.
-            holder: returns the process we wait for, as text or an object for `str`; None if it is unknown.
+            holder: returns the process that has the thing, as text or an object for `str`; None if it is unknown.
             sleep: called with the seconds.
 
         Raises:
@@ -120,13 +120,13 @@ class Wait:
     def _error(self, holder: object) -> Busy:
         waited = f"waited {self._seconds:g} s" if self._seconds else "did not wait"
         return Busy(
-            f"{waited} for {self._what}, which {holder} has: "
+            f"{waited} for {self._what}, which is held by {holder}: "
             "try again later, or wait longer with --wait SECONDS or CACHEDB_WAIT",
             str(holder),
         )
 
     def _log(self, holder: str, waited: float) -> None:
-        """Log which process we wait for: a warning the first time, and a debug message later."""
+        """Log the process to wait for: as a warning the first time, later as a debug message."""
         self._next_log = math.floor(waited) + 1
         level = logging.DEBUG if self._logged_holder or holder in _logged_holders else logging.WARNING
         if holder != self._logged_holder:

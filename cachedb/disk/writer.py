@@ -1,4 +1,4 @@
-"""Receive content: hash bytes on their way to a file, and sync the file before it counts as received.
+"""Receive content: hash bytes while they are written to a file, then sync the file.
 
 Each buffer is read once, then hashed and written. Nothing here uses the index, so a download need not wait for it.
 """
@@ -122,7 +122,7 @@ def receive(
         length = resumed_from + _copy_and_hash(source, target, hashers, rest, progress)
         if size is not None and length != size:
             more = "more" if length > size else f"{length} bytes"
-            raise DigestMismatch(f"{what} should be {size} bytes, and is {more}")
+            raise DigestMismatch(f"{what} should have {size} bytes, and has {more}")
         actual = parse_digest(f"{hasher.name}:{hasher.hexdigest()}")
         if digest is not None and actual != digest:
             raise DigestMismatch(f"{what} should have digest {digest}, and has {actual}")
@@ -292,9 +292,9 @@ def write_all(stream: BinaryIO | RawIOBase, data: bytes | memoryview) -> None:
 
 
 def write_back(file: int, count: int, end: int | None = None) -> None:
-    """Let the disk start to write the last bytes of a file, so that the fsync at the end takes less time.
+    """Let the disk begin to write the last bytes of a file, so that the fsync at the end is short.
 
-    With this advice Linux starts to write the pages. It does not drop them, because they are dirty.
+    With this advice, Linux begins to write the pages. It does not drop them from memory, because they are dirty.
 
     Args:
         file: a descriptor.
@@ -316,7 +316,7 @@ class Received(NamedTuple):
 
 
 Data = bytes | bytearray | memoryview | BinaryIO | os.PathLike[str]
-"""The content of a blob: bytes, a file open for reading in binary mode, or a `Path`; a str is ambiguous."""
+"""The content of a blob: bytes, a binary file open for reading, or a `Path`; never an ambiguous str."""
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_reading_stops_after_the_declared_size(session: Session) -> None:
             assert self.given < 20 * MIB
             return len(buffer)
 
-    with pytest.raises(DigestMismatch, match="should be 5 bytes, and is more"):
+    with pytest.raises(DigestMismatch, match="should have 5 bytes, and has more"):
         publish.receive(session, Endless(), size=5)
     assert os.listdir(session.folder) == []
 

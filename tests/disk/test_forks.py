@@ -446,7 +446,7 @@ def test_a_write_fails_if_another_program_locks_the_index_for_too_long(
     shell.execute("BEGIN IMMEDIATE")
     begun = time.monotonic()
     with (
-        pytest.raises(CacheError, match=r"waited 0\.1 s for the write lock, which .* has: try again later"),
+        pytest.raises(CacheError, match=r"waited 0\.1 s for the write lock, which is held by .*: try again later"),
         index.write(),
     ):
         pass

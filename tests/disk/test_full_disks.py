@@ -444,7 +444,7 @@ class Unshared(mmap.mmap):
         (os, "link", refuse(errno.EPERM), "there are no hard links: Operation not permitted"),
         (os, "link", lambda _, new: Path(new).touch(), "a hard link is another file"),
         (os, "rename", refuse(errno.EIO), "files cannot be renamed: Input/output error"),
-        (os, "rename", lambda old, new: Path(new).touch(), "a renamed file keeps its name"),
+        (os, "rename", lambda old, new: Path(new).touch(), "a renamed file keeps its old name"),
     ],
 )
 def test_a_new_cache_is_refused_on_a_file_system_that_lacks_what_it_needs(

@@ -62,7 +62,7 @@ def test_a_write_gives_up_after_its_time_and_names_the_lock_holder(full: Path) -
     with running(WRITER, full) as holder, Cache.open(full, wait=0.2) as cache:
         os.kill(holder.pid, signal.SIGSTOP)
         with pytest.raises(
-            Busy, match=rf"waited 0.2 s for the write lock, which process {holder.pid} \(python"
+            Busy, match=rf"waited 0.2 s for the write lock, which is held by process {holder.pid} \(python"
         ) as busy:
             cache.tag("app:1", "app:2")
         assert str(holder.pid) in busy.value.holder
@@ -75,7 +75,7 @@ def test_a_wait_ends_after_its_time() -> None:
         for _ in range(10):
             wait.nap(0.01, lambda: "process 1")
 
-    with pytest.raises(Busy, match=r"waited 0\.05 s for it, which process 1 has"):
+    with pytest.raises(Busy, match=r"waited 0\.05 s for it, which is held by process 1"):
         nap_ten_times()
 
 
@@ -260,7 +260,7 @@ def test_a_stopped_command_makes_no_progress(cachedb: Run, directory: Path) -> N
             for pid in child.read_text().split():
                 os.kill(int(pid), signal.SIGKILL)
     assert result.returncode == 1
-    assert f"waited 2 s for app:1, which process {maker['pid']} (cachedb " in result.stderr
+    assert f"waited 2 s for app:1, which is held by process {maker['pid']} (cachedb " in result.stderr
 
 
 def test_a_claim_without_progress_is_taken_over_and_its_owner_notices(

@@ -714,7 +714,7 @@ def test_content_of_another_digest_is_refused(cache: Cache, remote: Registry) ->
 @pytest.mark.parametrize("chunked", [False, True])
 def test_content_without_an_end_is_refused(cache: Cache, remote: Registry, chunked: bool) -> None:
     remote.fault(answer_endlessly(chunked=chunked), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
-    assert_refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and is more")
+    assert_refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and has more")
 
 
 def test_a_manifest_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:

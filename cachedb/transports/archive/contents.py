@@ -202,7 +202,7 @@ class Contents:
         found = self.find_blob(blob)
         data = read_small(found.section, found.what, InvalidManifest)
         if len(data) != blob.size:
-            raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}: {SAVE_AGAIN}")
+            raise DigestMismatch(f"{found.what} should have {blob.size} bytes, and has {len(data)}: {SAVE_AGAIN}")
         if digest_of(data, blob.digest) != blob.digest:
             raise DigestMismatch(f"{found.what} in the archive does not match its digest: {SAVE_AGAIN}")
         return data

@@ -499,7 +499,7 @@ def test_a_file_of_a_layout_that_grows_before_it_is_linked_is_refused(
         return hold_stored(*arguments)
 
     monkeypatch.setattr(publish, "hold_stored", grow_and_hold)  # called after the layout was read
-    with pytest.raises(DigestMismatch, match="should be 10240 bytes, and is more"):
+    with pytest.raises(DigestMismatch, match="should have 10240 bytes, and has more"):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
 

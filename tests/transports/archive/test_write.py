@@ -603,7 +603,7 @@ def test_an_export_waits_for_another_only_as_long_as_the_cache_allows(
     directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path
 ) -> None:
     import_image(cache, tmp_path)
-    holder = rf"waited 0\.1 s for the lock of the layout '{locked_layout}', which process {os.getpid()} "
+    holder = rf"waited 0\.1 s for the lock of the layout '{locked_layout}', which is held by process {os.getpid()} "
     with Cache.open(directory, wait=0.1) as hurried, pytest.raises(Busy, match=holder):
         hurried.export("app:1", locked_layout, format="oci-dir")
     assert os.listdir(locked_layout) == []
