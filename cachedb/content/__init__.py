@@ -1,1 +1,1 @@
-"""Blobs and images kept in step, on disk and in the index."""
+"""Blobs and images, kept consistent on disk and in the index."""

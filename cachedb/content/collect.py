@@ -1,7 +1,7 @@
 """Collect garbage: remove unreferenced blobs from the index, then from ``blobs/``, then from the disk.
 
-The first transaction deletes a blob's row and notes the blob in the table ``trash``. The second checks that nobody has
-stored the blob again, and renames its file into ``trash/``. Then the file is unlinked. A crash at any point leaves
+The first transaction deletes a blob's row and notes the blob in the table ``trash``. The second checks that no process
+has stored the blob again, and renames its file into ``trash/``. Then the file is unlinked. A crash at any point leaves
 work that `recover` can finish, and never a stored row without its file.
 """
 
@@ -68,7 +68,7 @@ _LARGE_BATCH_BLOBS = 250  # blobs; a larger batch holds the write lock for too l
 _FEW_FILES = 64  # for so few files, starting threads takes longer than unlinking
 _RECOVERY_SECONDS = 1.0  # the longest recovery when a cache is opened
 _UNLINK_THREADS = 2
-_RENAME_SECONDS = 0.03  # the longest time of renaming under one write lock
+_RENAME_SECONDS = 0.03  # the longest time to rename files under one write lock
 
 
 class Collected(NamedTuple):
@@ -156,7 +156,7 @@ def sum_freed(connection: Connection, image_ids: Iterable[int]) -> Collected:
 
 
 def delete_unreferenced(connection: Connection, blob_ids: Iterable[int]) -> Collected:
-    """Delete the rows of those blobs that nothing references, and note their files for the trash."""
+    """Delete the rows of the blobs that nothing references, and note their files for the trash."""
     blobs = size = 0
     for part in split_batches(sorted(blob_ids)):
         rows = connection.execute(_build_unreferenced_delete(), {"ids": part}).all()
@@ -215,7 +215,7 @@ def collect_all(database: Database) -> Collected:
 
 
 def empty_trash(database: Database) -> list[Leftover]:
-    """Unlink the files of deleted rows, by way of ``trash/``; return those that cannot be moved or unlinked."""
+    """Move the files of deleted rows to ``trash/`` and unlink them; return those that stay."""
     immovable = _move_out(database)
     left: list[Leftover] = []
     with _unlinking(database.folders, left) as unlink:
@@ -243,7 +243,7 @@ def _move_out(database: Database) -> list[Leftover]:
                 for digest in digests:
                     after = digest
                     done.append(digest)
-                    # An index from elsewhere may have a path here that leads out of the cache.
+                    # A forged index may have a path here that leads out of the cache.
                     if digest in stored_again or not is_digest(digest):
                         continue
                     algorithm, name = split_digest(digest)
@@ -252,7 +252,7 @@ def _move_out(database: Database) -> list[Leftover]:
                     try:
                         with suppress(FileNotFoundError):  # a process renamed it, then crashed before its commit
                             rename_over(name, sources[algorithm], trash_name(digest), trash)
-                    except OSError as error:  # it may be immutable, or another user's in a sticky folder
+                    except OSError as error:  # it may be immutable, or belong to another user in a sticky folder
                         if error.errno in NO_ROOM_ERRNOS or is_callers(error):
                             raise
                         done.pop()
@@ -313,7 +313,7 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
 def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
     """Remove the files and leases of dead sessions, expired holds, and the files in the trash.
 
-    A file that cannot be removed is skipped: it must not keep anybody from working.
+    A file that cannot be removed is skipped, because it must not keep the cache from opening.
 
     Args:
         database: of the cache.
@@ -353,9 +353,9 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
 
 
 def recover_without_waiting(database: Database) -> list[Leftover]:
-    """Clean up after dead processes, but do not wait; the next process that opens the cache does the rest.
+    """Clean up after dead processes without waiting; the next open of the cache does the rest.
 
-    The command that opens the cache does not depend on this.
+    The command that opens the cache also works without this.
 
     Returns:
         The files that cannot be removed.

@@ -41,7 +41,7 @@ __all__ = ["Unreadable", "describe", "find_stored_documents", "matches_configs",
 _Document = ImageConfig | dict[Digest, str]
 """A parsed config, or the platforms that an index states for its children."""
 
-_RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process lacks them; the file may be sound
+_RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process lacks resources; the file may be sound
 
 
 class Unreadable(NamedTuple):
@@ -58,10 +58,10 @@ def find_stored_documents(connection: Connection, image_id: int) -> list[Associa
 
 
 def read_documents(directory: Path, documents: Iterable[Association]) -> dict[Digest, _Document | InvalidManifest]:
-    """Read configs and indexes for `describe` without the write lock; return what they state, and the errors.
+    """Read configs and indexes for `describe`, without the write lock.
 
-    The result has an error only for an invalid document. It lacks documents whose files are lost, damaged or
-    unreadable: `describe` tries those again.
+    The result has the content of each document, or the error if it is invalid. It lacks documents whose files are
+    lost, damaged or unreadable: `describe` tries those again.
 
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
@@ -76,7 +76,7 @@ def describe(
     image_id: int,
     known: Mapping[Digest, _Document | InvalidManifest] | None = None,
 ) -> list[Unreadable]:
-    """Write what an image's stored configs and indexes say to its rows; return those that cannot be read.
+    """Copy the data of an image's stored configs and indexes to its rows; return the unreadable ones.
 
     Args:
         connection: in a write transaction.
@@ -129,7 +129,7 @@ def read_description(
     contents: list[Association],
     known: Mapping[Digest, _Document | InvalidManifest] | None = None,
 ) -> Description:
-    """Return what the stored configs and indexes of an image with these blobs say.
+    """Return the data in the stored configs and indexes of an image with these blobs.
 
     Args:
         directory: of the cache.

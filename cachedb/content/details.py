@@ -35,7 +35,7 @@ def read_details(connection: Connection, directory: Path, image_id: int) -> Imag
 def read_platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:
     """Return the children of an image's index, in order, and whether the closure of each is stored.
 
-    The list is empty if the image is no index, or its index cannot be read.
+    The list is empty if the image has no index, or its index cannot be read.
     """
     root = read_root(connection, image_id)
     if root.role != "index":

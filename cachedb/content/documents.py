@@ -41,7 +41,7 @@ def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobI
 def read_attached(
     closure: Closure, blobs: Iterable[BlobInfo], read: Callable[[Digest], bytes]
 ) -> dict[Descriptor, bytes]:
-    """Return the manifests and indexes that are attached to a held image, such as its referrers, with their bytes.
+    """Return the manifests and indexes attached to a held image, such as referrers, with their bytes.
 
     Args:
         closure: of the image.

@@ -64,7 +64,7 @@ def find_images_and_digests(
     *,
     ignore_missing: bool = False,
 ) -> list[FoundImage | Digest]:
-    """Return the given digests whose blobs are stored, and the images that `find_images` finds for the other texts.
+    """Return the digests that are given, and the images that `find_images` finds for the other texts.
 
     Raises:
         NotInCache: if an image or a blob is not in the cache.
@@ -87,7 +87,7 @@ def find_images_and_digests(
 
 
 def _find_digest(connection: Connection, text: str | Name) -> Digest | None:
-    """Return the digest that a text means; an image whose name looks like the first digits of a digest goes first."""
+    """Return the digest that a text means; None for other text, or the name of an image."""
     if isinstance(text, Name) or (prefix := parse_digest_prefix(text)) is None:
         return None
     if not is_digest(prefix) and images.look_up(connection, Name.parse(text)):
@@ -96,7 +96,7 @@ def _find_digest(connection: Connection, text: str | Name) -> Digest | None:
 
 
 def find_hold_name(connection: Connection, wanted: str | Name) -> str:
-    """Return the name that a hold is listed under: an id unchanged, a digest or a name in full."""
+    """Return the text that lists show for a hold: an id unchanged, a digest or a name in full."""
     if isinstance(wanted, str) and holds.is_id(wanted):
         return wanted
     if isinstance(wanted, str) and parse_digest_prefix(wanted):

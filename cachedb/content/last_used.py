@@ -1,7 +1,7 @@
 """Record when images were last used: a reader notes a use in memory, and the index is updated later.
 
-A reader never waits for the write lock because of a use. A use writes all noted uses if the last write is five
-minutes old; so does closing the cache. If the write lock is taken or the disk is full, the uses are lost.
+A reader never waits for the write lock because of a use. A use writes all noted uses if the last write is five minutes
+old. Closing the cache writes them too. If the write lock is taken or the disk is full, the uses are lost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["RESOLUTION_SECONDS", "Uses"]
 
 
 RESOLUTION_SECONDS = 5 * 60.0
-"""Seconds by which the last use in the index may be older than the real one."""
+"""The last use in the index may be so many seconds older than the real one."""
 
 
 class Uses:

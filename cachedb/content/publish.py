@@ -160,7 +160,7 @@ def receive_linked(
     before = os.fstat(file)
     # With an access control list, the group bits are its mask: the most that a named user or a group may do.
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        # Other users could change the content later. We trust only our own user not to do so.
+        # Other users could change the content later. Only this process's own user is trusted not to do so.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     if session.is_shared and not read_only and stat.S_IMODE(before.st_mode) != 0o444:
         # The group cannot read the file, or must trust its owner not to write to it.
@@ -170,7 +170,7 @@ def receive_linked(
     folder = opened.descriptor
     with os_errors("link to a blob"):
         if read_only:
-            with ignore_os_errors():  # an immutable file refuses this, and cannot be linked either
+            with ignore_os_errors():  # this fails for an immutable file, which cannot be linked either
                 os.fchmod(file, 0o444)
         os.fsync(file)
         try:
@@ -206,11 +206,11 @@ def receive_download(session: Session, path: Path, content: Content) -> Received
 
 @contextmanager
 def publish_blobs(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
-    """Store received blobs in one write transaction, which the block may add to.
+    """Store received blobs in one write transaction, which the block may extend.
 
-    Either everything is stored or nothing, even after a crash. The order ensures this. A file in the session's folder
-    is named by its digest. It then gets a second name in ``blobs/``, and then the row is set to stored. If a later open
-    finds such a file without the row, it removes the name in ``blobs/`` (`retract`).
+    Either everything is stored or nothing, even after a crash. The order ensures this: first, a file in the session's
+    folder is named by its digest. Then it gets a second name in ``blobs/``. Then its row is set to stored. If a later
+    open finds such a file without the row, it removes the name in ``blobs/`` (`retract`).
     """
     files = {blob.path: blob for blob in received if blob.path is not None}
     opened_folder = session.opened if files else None
@@ -239,7 +239,7 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
                             follow_symlinks=False,
                         )
                     except FileExistsError:
-                        # The existing file belongs to a removed blob or has the wrong size: ours replaces it.
+                        # The existing file belongs to a removed blob or has the wrong size: replace it.
                         second = session.new_path().name
                         os.link(
                             path.name, second, src_dir_fd=received_in, dst_dir_fd=received_in, follow_symlinks=False
@@ -398,7 +398,7 @@ def store_blob(
         expected = session.expects(received.digest)
         if write:
             with publish(database, session, [received]) as connection:
-                # An image of another session may be removed before ours is saved, so it does not keep the blob.
+                # An image of another session does not keep the blob, because it may be removed before ours is saved.
                 if not (expected and is_associated(connection, received.digest)):
                     hold = session.lease(connection, [received.digest])
         elif expected:

@@ -189,7 +189,7 @@ def save_image(
     found = closure(connection, directory, root, choose, known=known)
     _ensure_rows(connection, found, known)
     image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None, ttl=ttl)
-    # What the closure leaves out is not attached, though the image may have had it.
+    # Blobs that the new closure leaves out are not attached, though the image may have had them before.
     left_out = {blob.digest for blob in closure(connection, directory, root, strict=False)} if choose else set()
     _associate(connection, directory, image_id, found, known, left_out, new=new)
     return image_id
@@ -284,7 +284,7 @@ def closure(
     strict: bool = True,
     known: dict[Digest, BlobRow] | None = None,
 ) -> list[Descriptor]:
-    """Return the blobs that a manifest reaches through its stored children, itself first.
+    """Return a manifest and the blobs that it references, directly or through stored children.
 
     Args:
         connection: in a transaction.
@@ -400,9 +400,10 @@ def _describe(directory: Path, wanted: list[descriptions.Association]) -> descri
 
 
 def find_present_part(connection: Connection, directory: Path, root: Descriptor) -> list[Descriptor] | None:
-    """Return the closure of an index without the children that are not stored; None if it is all or nothing.
+    """Return the stored part of an index's closure; None if all or nothing of it is stored.
 
-    Without a record of what was chosen, what is absent counts as left out: other platforms and foreign layers.
+    Nothing records which part was chosen when the index was saved. So platforms and foreign layers that are absent
+    count as left out.
     """
     whole = closure(connection, directory, root, strict=False)
     stored = blob_rows.read_stored_sizes(connection, {blob.digest for blob in whole})
@@ -411,7 +412,7 @@ def find_present_part(connection: Connection, directory: Path, root: Descriptor)
 
 
 def restore_image(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
-    """Insert an image as another index records it, then associate it with the stored part of its closure."""
+    """Insert an image as another index records it, and associate it with the stored part of its closure."""
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
     root = oci.root_descriptor(saved.digest, size, saved.media_type)
     contents = saved.contents or [root]
@@ -443,7 +444,7 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     """
     image = find(connection, source)
     if target.digest not in (None, image.digest):
-        raise InvalidName(f"{target} names another digest than {source}, which is {image.digest}: use a tag")
+        raise InvalidName(f"{target} names another digest than that of {source}, {image.digest}: use a tag")
     target_id, _ = point_name(connection, target, image.manifest_id, image.media_type, image.some_platforms)
     if target_id == image.id:
         return target_id

@@ -1,7 +1,7 @@
 """Sessions: the lock file, folder and leases of a process that works with a cache.
 
 A session ends with its process: the kernel releases the lock when the process dies. The folder is in ``ingest/``. The
-leases keep digests from collection. A session begins when its lock file, folder or leases are first needed.
+leases protect digests from collection. A session begins when its lock file, folder or leases are first needed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 
 _LOCK_SUFFIX = ".session"
-_NUMBER_BITS = 64  # of a file's name, so that nobody can guess it and put another file there
+_NUMBER_BITS = 64  # of a file's name, so that no other user can guess the name and put a file there
 _NEW_INDEX = re.compile(
     r"cachedb\.json|\.cachedb-[0-9a-f]{16}\.marker|index\.db(-wal|-shm|-journal)?|index\.db-test-[0-9a-f]{12}(-2)?\.test"
     r"|reserve|locks/(write\.(lock|queue)|[0-9a-f]{64}\.producing)|backups/(\.lock|\.backup-[0-9a-f]{32}(-journal)?)"
@@ -128,7 +128,7 @@ class Session:
     def _begin(self, name: str) -> tuple[FileIO, OpenFolder]:
         """Make the session's lock file and its folder; return the lock and the open folder."""
         path = lock_path(self._database.directory, name)
-        # The lock comes first: the next open removes the files of a session without one.
+        # Take the lock first, because the next open removes the files of a session without a lock.
         with os_errors("begin a session in the cache"):
             lock = locks.acquire(path, wait=Wait("the lock of a new session", self._database.wait_seconds))
         assert lock is not None
@@ -186,7 +186,7 @@ class Session:
         return file
 
     def new_path(self, digest: Digest | None = None) -> Path:
-        """Return a new path in the folder; a digest in it tells a later open which blob was being published."""
+        """Return a new path in the folder; its digest tells a later open which blob was published."""
         number = secrets.randbits(_NUMBER_BITS)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
         return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # making a Path is slow, so make only one
@@ -269,7 +269,7 @@ class Session:
             self._expected.update(digests)
 
     def expects(self, digest: Digest) -> bool:
-        """Return whether an image saved by this session lacked a blob when it was saved."""
+        """Return whether this session has saved an image that lacked a blob."""
         with self._guard:
             return digest in self._expected
 
@@ -293,7 +293,7 @@ class Session:
         except (CacheError, OSError) as error:
             if is_callers(error):
                 raise
-            # The next open removes the rest, as it does for a killed process.
+            # The next open removes the rest, as after a killed process.
         finally:
             locks.release(lock)
             self.forked()

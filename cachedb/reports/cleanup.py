@@ -53,7 +53,7 @@ class OutdatedBase(NamedTuple):
 
 
 def propose_removal(connection: Connection, now: datetime) -> Removal:
-    """Choose images that were not used for a long time, and that nothing pins or holds, least recently used first.
+    """Choose images that were not used for a long time and are neither pinned nor held.
 
     Args:
         connection: a connection in a read transaction.
@@ -89,7 +89,7 @@ def propose_removal(connection: Connection, now: datetime) -> Removal:
 
 
 def _parse_name(row: Row) -> str:
-    """Return the name of an image; empty if `cachedb rm` would not take it, because another program wrote it."""
+    """Return the name of an image; empty if it is invalid, because another program wrote it."""
     name = str(Name(row.repository, row.reference))
     try:
         return name if str(Name.parse(name)) == name else ""

@@ -1,4 +1,4 @@
-"""Read the view ``image_usage`` once for the HTML page, because a large cache has many rows."""
+"""Read the view ``image_usage`` once for the HTML page; in a large cache it has many rows."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class ListedImage(NamedTuple):
     usage: ImageRow
     platforms: list[str]
     labels: Sequence[Row]
-    layers: list[int]  # its layers in the table of layers: indexes into it
+    layers: list[int]  # the numbers of its layers in the table of layers
     facts: list[str]
     base: str
 
@@ -136,7 +136,7 @@ def _fetch_platforms(connection: Connection) -> dict[str, list[str]]:
 
 
 def _fetch_layers_of_images(connection: Connection, layers: Sequence[Row]) -> dict[tuple[str, str], list[int]]:
-    """Return the indexes of each image's layers in this list, by the image's repository and reference."""
+    """Return the numbers of each image's layers in this list, by the image's repository and reference."""
     numbers = {layer.digest: number for number, layer in enumerate(layers)}
     query = text(
         "SELECT DISTINCT i.repository, i.reference, b.digest FROM blobs AS b "

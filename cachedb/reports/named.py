@@ -31,10 +31,10 @@ class Report(NamedTuple):
     path: Path
 
     def assign_values(self, values: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-        """Return the values by parameter: those that are given by name, and others in the order of the declarations.
+        """Assign values without a name to parameters, in order; return all values by parameter.
 
         Args:
-            values: values without a name; a last parameter for images takes all that are left.
+            values: values without a name; if the last parameter is for images, it takes all the rest.
             given: values by name.
 
         Raises:
@@ -58,7 +58,7 @@ class Report(NamedTuple):
             database: the index in which images are looked up.
 
         Raises:
-            InvalidName: if a value is not the valid name of an image, and should be.
+            InvalidName: if a value for an image is not a valid name.
             InvalidQuery: if a parameter has no value or one of a wrong type, if an image is not in the cache, or if a
                 given parameter does not exist.
         """

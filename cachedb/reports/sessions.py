@@ -45,7 +45,7 @@ def list_sessions(directory: Path) -> list[SessionInfo]:
     """Return the processes that have a session or an activity, oldest first.
 
     Args:
-        directory: the cache directory; without its folder of locks, nobody uses it.
+        directory: the cache directory; if it has no ``locks/``, the result is empty.
     """
     if not (directory / "locks").exists():
         return []

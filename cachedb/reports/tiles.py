@@ -22,7 +22,7 @@ _NAMESPACES: Final = 60  # the most groups
 
 
 class Shared(NamedTuple):
-    """A blob that several repositories of one namespace use, and no other repository."""
+    """A blob that several repositories use, all of them in one namespace."""
 
     namespace: str
     size: int
@@ -35,10 +35,10 @@ def make_tiles(
     rows: Sequence[ImageRow],
     ages: Sequence[AgeGroup],
 ) -> list[Tile]:
-    """Return tiles that show each stored byte once: namespaces contain repositories, then images, then layers.
+    """Return tiles that show each stored byte once: namespaces, repositories, images and layers.
 
     As in the views, the tile of a repository or image has the bytes that only this repository or image uses. Bytes that
-    several repositories use have a separate tile, which is in a namespace if only its repositories use them.
+    several repositories use have a separate tile. It is in a namespace if only repositories of that namespace use them.
     """
     # Smaller blobs are not read but merged into one tile, so this is fast even with millions of blobs.
     min_bytes = max(1, totals["stored"] // _TILES)
@@ -276,7 +276,7 @@ def _make_namespace_tile(
 
 
 def _add_rest(tile: Tile, name: str, kind: str) -> None:
-    """Add a tile for the bytes of a tile that its inner tiles do not cover, if it has inner tiles."""
+    """If a tile has inner tiles, add one for the bytes that they do not cover."""
     rest = tile.size - sum(inside.size for inside in tile.inside)
     if tile.inside and rest > 0:
         tile.inside.append(Tile(name, rest, kind))

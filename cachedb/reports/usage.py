@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-# The inner query reads the index on the blobs of associations in order. One result row needs no GROUP BY and its sort.
+# The inner query reads SQLite's index on `blob_id` in order. The outer one has a single row, so it needs no sort.
 _USED_QUERY = """
 SELECT
     sum(CASE images WHEN 1 THEN 1 ELSE 0 END) AS unique_blobs,
@@ -122,7 +122,7 @@ class Usage(NamedTuple):
     held: Share  # used by no image, but kept by a hold or a process
     reclaimable: Share  # used and kept by nothing: a collection would free it
     saved_size: int  # bytes that images would need in addition if they shared no blobs
-    file_sizes: dict[str, int]  # bytes of all other files, by what they are, such as ``index`` and ``quarantine``
+    file_sizes: dict[str, int]  # bytes of all other files, by kind, such as ``index`` and ``quarantine``
     used_size: int  # bytes of all files of the cache
     image_usage: list[ImageUsage]  # empty unless requested
 

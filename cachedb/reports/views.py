@@ -50,7 +50,7 @@ def list_views(database: Database) -> list[View]:
 
 
 def _read_columns(connection: Connection, view: str, sql: str) -> tuple[Column, ...]:
-    """Return the columns of a view, each with its description from a line ``expression AS name, -- description``."""
+    """Return the columns of a view, described by lines ``expression AS name, -- description``."""
     described = {name: (expression, text) for expression, name, text in _COLUMN_LINE.findall(sql)}
     columns = []
     for name, declared in connection.exec_driver_sql("SELECT name, type FROM pragma_table_info(?)", (view,)):

@@ -51,9 +51,9 @@ def clean_text(words: str, length: int = _TEXT_CHARACTERS) -> str:
 
 
 def shorten_path(name: str, letters: int) -> str:
-    """Shorten a name to a number of letters: drop its first path parts, then letters amid its last part.
+    """Shorten a name to a number of letters: drop its first path parts, then the middle of the last.
 
-    Names in a cache often begin alike, so that their ends tell them apart.
+    Names in a cache often begin alike, so their ends distinguish them.
     """
     if len(name) <= letters:
         return name
