@@ -118,7 +118,7 @@ _MODULES = {
     "Verification": "cachedb.operations.verify",
     "View": "cachedb.reports.views",
 }
-"""The module of each name that is imported at its first use, so that `cachedb --help` needs no SQLAlchemy."""
+"""The module of each name that is imported at first use: `cachedb --help` needs no SQLAlchemy."""
 
 __all__ = [*errors.__all__, *_MODULES, "__version__"]
 

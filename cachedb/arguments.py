@@ -49,7 +49,7 @@ def check_text(*, optional: bool = False, **values: object) -> None:
 
 
 def check_characters(**values: str | None) -> None:
-    """Raise `CacheError` if one of the values has a NUL or a surrogate, which neither SQLite nor the system takes."""
+    """Raise `CacheError` if a value has a NUL or a surrogate, which SQLite and the system refuse."""
     for name, value in values.items():
         if value is not None:
             _check_encoding(name, value, str.encode)
@@ -81,7 +81,7 @@ def check_positive(**values: object) -> None:
 
 
 def check_lifetime(**values: object) -> None:
-    """Raise `TypeError` if a value is neither seconds nor None, and `CacheError` if it is not above 0 or too long."""
+    """Raise `TypeError` if a value is neither seconds nor None, `CacheError` if it is out of range."""
     check_numbers(**values)
     for name, value in values.items():
         if isinstance(value, (int, float)) and not 0 < value <= LONGEST_SECONDS:

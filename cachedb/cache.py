@@ -675,9 +675,9 @@ class Cache:
             self._session.release_saved(connection, [blob])
 
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
-        """Give an image another name; if the name already points to an image, the name moves, and keeps its pin.
+        """Give an image another name, which never expires.
 
-        The other name never expires.
+        If the name already points to an image, the name moves, and keeps its pin.
 
         Args:
             source: a name of the image.
@@ -768,7 +768,9 @@ class Cache:
         return removed
 
     def pin(self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False) -> list[Name]:
-        """Pin the names of images, all of them or none: `prune` removes no pinned image, whatever its lifetime.
+        """Pin the names of images, all of them or none.
+
+        `prune` removes no pinned image, whatever its lifetime.
 
         A pin belongs to the name. It stays if the name moves to another image, until `unpin` or `remove_manifest`.
 

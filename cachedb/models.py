@@ -1,4 +1,4 @@
-"""Offer the ORM classes of the index under their public name; see `cachedb.index.models` and `cachedb.index.views`."""
+"""Offer the ORM classes of the index publicly; see `cachedb.index.models` and `cachedb.index.views`."""
 
 from cachedb.index.models import *  # noqa: F403
 from cachedb.index.models import __all__ as _tables

@@ -136,7 +136,7 @@ class Closure:
         )
 
     def read_platforms(self, read: Callable[[Digest], bytes]) -> dict[Descriptor, str]:
-        """Return the platform of each image, from its index or else from its config; ``unknown`` if neither states it.
+        """Return the platform of each image, which its index or its config states, else ``unknown``.
 
         Args:
             read: returns the bytes of a config.

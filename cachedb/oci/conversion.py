@@ -1,4 +1,4 @@
-"""Convert Docker manifests and manifest lists to OCI manifests and indexes; configs and layers keep their bytes."""
+"""Convert Docker manifests and manifest lists to OCI; configs and layers keep their bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CONTENT_TYPES: Final = {
     _DOCKER_FOREIGN: _OCI_FOREIGN,
     f"{_DOCKER_FOREIGN}.gzip": f"{_OCI_FOREIGN}+gzip",
 }
-"""The OCI media types that correspond to Docker's (image specification, media-types.md, "Compatibility Matrix")."""
+"""The OCI media type for each of Docker's (image specification, "Compatibility Matrix")."""
 
 _ATTESTED: Final = "vnd.docker.reference.digest"
 """The annotation by which an attestation in an index names the manifest that it is about."""

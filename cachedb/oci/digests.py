@@ -47,7 +47,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def parse_digest_prefix(text: str) -> str | None:
-    """Return a digest, or its first 12 hexadecimal digits or more, with the algorithm; None for other text.
+    """Return a digest, or at least 12 of its first digits, with the algorithm; None for other text.
 
     Bare digits are read as sha256.
     """

@@ -93,7 +93,7 @@ class Descriptor(NamedTuple):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is a layer that a registry or archive may leave out, because it can be downloaded from its URLs.
+        """Whether it is a foreign layer: it has URLs, so that a registry or an archive may lack it.
 
         Its media type is one of layer.md, "Non-Distributable Layers", or Docker's type of a foreign layer.
         """
@@ -286,7 +286,7 @@ def read_subject(document: Any) -> Digest | None:  # noqa: ANN401
 
 
 def artifact_type(document: dict[str, Any]) -> str | None:
-    """Return the artifact type of a manifest or index, as registries list it among referrers; None if it has none.
+    """Return the artifact type of a manifest or index, as lists of referrers state it; None without.
 
     It is the type of the config if the manifest states none (distribution specification v1.1, "Listing Referrers").
     """

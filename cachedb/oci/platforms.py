@@ -63,7 +63,7 @@ def is_for(label: str | None, wanted: str) -> bool:
 
 
 def choose_platform(choices: Iterable[tuple[T, str | None]], wanted: str) -> T | None:
-    """Return the choice whose platform fits the wanted one best; the first of several equals, None if none fits.
+    """Return the choice that fits the wanted platform best, the first of equals; None if none fits.
 
     A lower variant of the same architecture fits too, and the nearest one is best: ``linux/amd64/v2`` for
     ``linux/amd64/v3``. If ``wanted`` has no variant, a higher variant is better than none.
