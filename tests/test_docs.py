@@ -292,7 +292,7 @@ def test_the_json_reference_has_the_fields_of_the_result_types() -> None:
     types: dict[str, Any] = {
         "Image": cachedb.ImageInfo, "Blob": cachedb.BlobInfo, "Platform": cachedb.PlatformInfo, "Push": cachedb.Pushed,
         "Problem": cachedb.Problem, "Leftover": cachedb.Leftover, "Session": cachedb.SessionInfo,
-        "Activity": cachedb.Activity, "Omission": cachedb.LeftOut, "Plan": cachedb.Plan, "Pruned": cachedb.Pruned,
+        "Activity": cachedb.Activity, "Left out": cachedb.LeftOut, "Plan": cachedb.Plan, "Pruned": cachedb.Pruned,
         "Planned image": cachedb.PlannedImage, "Skipped image": cachedb.SkippedImage,
         "Explanation": cachedb.Explanation,
     }  # fmt: skip
