@@ -28,8 +28,8 @@ from cachedb.transports.archive import files, model, tar
 from cachedb.transports.archive.files import Section
 from cachedb.transports.registry import credentials
 from tests.conftest import Run
-from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.index_file import change_index
 from tests.support.make import save
 from tests.support.promises import check
 

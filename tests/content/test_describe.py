@@ -20,15 +20,15 @@ from cachedb.index.descriptions import BACKFILL
 from cachedb.index.tables import TEXT_LIMIT
 from cachedb.oci.configs import CONFIG_LIMIT, parse_config
 from cachedb.oci.digests import Digest
-from cachedb.oci.manifests import DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.manifests import DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER
 from tests.conftest import run_python
-from tests.index.test_schema import change_index
+from tests.support.index_file import change_index
 from tests.support.make import (
-    ImageContent,
-    descriptor,
     digest_of,
     docker_files,
+    full_config,
     image,
+    image_of,
     index,
     layer,
     save,
@@ -38,36 +38,6 @@ from tests.support.make import (
 from tests.support.promises import check
 
 BUILT = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
-
-
-def make_config(*seeds: int, **more: Any) -> dict[str, Any]:
-    layers = [digest_of(layer(seed)) for seed in seeds]
-    return {
-        "architecture": "arm",
-        "variant": "v7",
-        "os": "linux",
-        "created": "2026-02-03T04:05:06.789012345Z",
-        "author": "A. Author <a@example.org>",
-        "config": {"Labels": {"version": "1", "empty": ""}},
-        "rootfs": {"type": "layers", "diff_ids": layers},
-        "history": [
-            *({"created_by": f"RUN make {seed}"} for seed in seeds),
-            {"created_by": "CMD /bin/sh", "empty_layer": True},
-        ],
-        **more,
-    }
-
-
-def make_image(document: dict[str, Any] | bytes, *seeds: int, kind: str = OCI_CONFIG) -> ImageContent:
-    data = document if isinstance(document, bytes) else json.dumps(document).encode()
-    layers = [layer(seed) for seed in seeds]
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "config": descriptor(data, kind),
-        "layers": [descriptor(one, OCI_LAYER) for one in layers],
-    }
-    return ImageContent(json.dumps(manifest).encode(), data, layers)
 
 
 def read_description(cache: Cache, name: str) -> tuple[Any, ...]:
@@ -81,7 +51,7 @@ NO_DESCRIPTION: tuple[Any, ...] = (None, None, None, None, None, {})
 
 @pytest.mark.parametrize("kind", [OCI_CONFIG, DOCKER_CONFIG])
 def test_an_image_is_described_by_its_config(cache: Cache, kind: str) -> None:
-    save(cache, "app:1", make_image(make_config(1, 2), 1, 2, kind=kind))
+    save(cache, "app:1", image_of(full_config(1, 2), 1, 2, kind=kind))
     assert read_description(cache, "app:1") == DESCRIPTION
     assert [(blob.diff_id, blob.created_by) for blob in cache.get_image_blobs("app:1")] == [
         (None, None),
@@ -93,7 +63,7 @@ def test_an_image_is_described_by_its_config(cache: Cache, kind: str) -> None:
 
 
 def test_a_config_stored_after_its_manifest_describes_the_image(cache: Cache) -> None:
-    made = make_image(make_config(1), 1)
+    made = image_of(full_config(1), 1)
     cache.save_manifest("app:1", made.manifest)
     cache.tag("app:1", "app:2")
     assert read_description(cache, "app:1") == NO_DESCRIPTION
@@ -103,12 +73,12 @@ def test_a_config_stored_after_its_manifest_describes_the_image(cache: Cache) ->
 
 
 def test_an_imported_image_is_described(cache: Cache, tmp_path: Any) -> None:
-    cache.cache_from_tar(write(tmp_path / "a.tar", docker_files({"app:1": make_image(make_config(1), 1)})))
+    cache.cache_from_tar(write(tmp_path / "a.tar", docker_files({"app:1": image_of(full_config(1), 1)})))
     assert read_description(cache, "app:1") == DESCRIPTION
 
 
 def test_a_name_that_moves_gets_the_new_images_description(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
+    save(cache, "app:1", image_of(full_config(1), 1))
     other = image(2)
     save(cache, "app:1", other)
     assert read_description(cache, "app:1") == ("linux", "amd64", None, None, None, {})
@@ -117,7 +87,7 @@ def test_a_name_that_moves_gets_the_new_images_description(cache: Cache) -> None
 
 
 def test_a_tag_gets_the_description_and_blobs_of_its_source(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1, 2), 1, 2))
+    save(cache, "app:1", image_of(full_config(1, 2), 1, 2))
     save(cache, "app:2", image(3))
     cache.tag("app:1", "app:2")
     assert read_description(cache, "app:2") == DESCRIPTION
@@ -125,15 +95,15 @@ def test_a_tag_gets_the_description_and_blobs_of_its_source(cache: Cache) -> Non
 
 
 def test_labels_are_deleted_with_their_image(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
+    save(cache, "app:1", image_of(full_config(1), 1))
     cache.remove_manifest("app:1")
     cache.close()
     check(cache.directory)
 
 
 def test_an_index_is_described_by_the_values_that_its_platforms_share(cache: Cache) -> None:
-    first = make_image(make_config(1, config={"Labels": {"version": "1", "tuned": "yes"}}), 1)
-    second = make_image(make_config(2, architecture="amd64", config={"Labels": {"version": "1", "tuned": "no"}}), 2)
+    first = image_of(full_config(1, config={"Labels": {"version": "1", "tuned": "yes"}}), 1)
+    second = image_of(full_config(2, architecture="amd64", config={"Labels": {"version": "1", "tuned": "no"}}), 2)
     save_index(cache, "app:1", first, second)
     author = "A. Author <a@example.org>"
     assert read_description(cache, "app:1") == ("linux", None, "v7", BUILT, author, {"version": "1"})
@@ -153,8 +123,8 @@ def read_platforms(cache: Cache, name: str) -> list[tuple[Any, ...]]:
 
 
 def test_an_image_has_the_platform_of_its_config(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1, 2), 1, 2))
-    save(cache, "other:1", make_image({"config": {}}, 1))
+    save(cache, "app:1", image_of(full_config(1, 2), 1, 2))
+    save(cache, "other:1", image_of({"config": {}}, 1))
     cache.tag("app:1", "app:2")
     assert read_platforms(cache, "app:1") == read_platforms(cache, "app:2") == [("linux", "arm", "v7", 2)]
     assert read_platforms(cache, "other:1") == []
@@ -163,7 +133,7 @@ def test_an_image_has_the_platform_of_its_config(cache: Cache) -> None:
 
 
 def test_the_platform_that_an_index_states_wins_over_that_of_the_config(cache: Cache) -> None:
-    first, second, third = (make_image(make_config(seed), seed) for seed in (1, 2, 3))
+    first, second, third = (image_of(full_config(seed), seed) for seed in (1, 2, 3))
     stated = [{"os": "linux", "architecture": "arm"}, {}, {"os": "windows", "architecture": "amd64", "variant": "v2"}]
     save_index(cache, "app:1", first, second, third, platforms=stated)
     assert read_platforms(cache, "app:1") == [
@@ -174,7 +144,7 @@ def test_the_platform_that_an_index_states_wins_over_that_of_the_config(cache: C
 
 
 def test_an_index_states_a_platform_before_its_config_is_stored(cache: Cache) -> None:
-    made = make_image(make_config(1), 1)
+    made = image_of(full_config(1), 1)
     save_index(cache, "app:1", made)
     lost = cache.get_image_blobs("app:1")[2].path
     assert lost is not None
@@ -185,7 +155,7 @@ def test_an_index_states_a_platform_before_its_config_is_stored(cache: Cache) ->
 
 
 def test_an_index_that_cannot_be_read_leaves_the_platforms_of_the_configs(cache: Cache) -> None:
-    made = make_image(make_config(1), 1)
+    made = image_of(full_config(1), 1)
     save_index(cache, "app:1", made)
     path = cache.get_image_blobs("app:1")[0].path
     assert path is not None
@@ -199,13 +169,13 @@ def test_an_index_that_cannot_be_read_leaves_the_platforms_of_the_configs(cache:
 
 
 def test_attached_layers_belong_to_no_platform(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
+    save(cache, "app:1", image_of(full_config(1), 1))
     cache.associate_blob_with_image("app:1", cache.add_blob(b"more"), role="layer", media_type=OCI_LAYER)
     assert read_platforms(cache, "app:1") == [("linux", "arm", "v7", 1)]
 
 
 def test_a_platform_stored_later_changes_the_shared_values(cache: Cache) -> None:
-    first, second = make_image(make_config(1), 1), make_image(make_config(2, architecture="amd64"), 2)
+    first, second = image_of(full_config(1), 1), image_of(full_config(2, architecture="amd64"), 2)
     cache.save_manifest("app:1", index(first, second))
     for child, architecture in ((first, "arm"), (second, None)):
         cache.save_blob(digest_of(child.manifest), child.manifest)
@@ -214,8 +184,8 @@ def test_a_platform_stored_later_changes_the_shared_values(cache: Cache) -> None
 
 
 def test_an_attestation_does_not_describe_its_image(cache: Cache) -> None:
-    made = make_image(make_config(1), 1)
-    attestation = make_image({"os": "unknown", "architecture": "unknown", "config": {}}, 9)
+    made = image_of(full_config(1), 1)
+    attestation = image_of({"os": "unknown", "architecture": "unknown", "config": {}}, 9)
     save_index(cache, "app:1", made, attestation, platforms=[{}, {"os": "unknown", "architecture": "unknown"}])
     assert read_description(cache, "app:1") == DESCRIPTION
     assert read_platforms(cache, "app:1") == [("linux", "arm", "v7", 1)]
@@ -224,15 +194,15 @@ def test_an_attestation_does_not_describe_its_image(cache: Cache) -> None:
 
 
 def test_an_attached_layer_gets_no_command_from_the_config(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
+    save(cache, "app:1", image_of(full_config(1), 1))
     cache.associate_blob_with_image("app:1", cache.add_blob(b"attached"), role="layer")
-    cache.save_manifest("app:1", make_image(make_config(1), 1).manifest)
+    cache.save_manifest("app:1", image_of(full_config(1), 1).manifest)
     assert [blob.created_by for blob in cache.get_image_blobs("app:1")] == [None, None, "RUN make 1", None]
 
 
 @pytest.mark.parametrize("data", [b"{not json", b"[]", b"null", b"\xff", b"[" * 100_000])
 def test_an_image_with_an_unreadable_config_is_complete_but_not_described(cache: Cache, data: bytes) -> None:
-    save(cache, "app:1", make_image(data, 1))
+    save(cache, "app:1", image_of(data, 1))
     assert read_description(cache, "app:1") == NO_DESCRIPTION
     assert cache.is_image_complete("app:1")
 
@@ -261,7 +231,7 @@ def test_an_image_with_an_unreadable_config_is_complete_but_not_described(cache:
     + [("author", value) for value in ("", "a\0b", "\ud800", "a" * (TEXT_LIMIT + 1), ["a"])],
 )  # fmt: skip
 def test_an_invalid_value_is_left_out(cache: Cache, key: str, value: object) -> None:
-    save(cache, "app:1", make_image(make_config(1, **{key: value}), 1))
+    save(cache, "app:1", image_of(full_config(1, **{key: value}), 1))
     assert getattr(cache.get_image("app:1"), key) is None
     assert cache.get_image("app:1").os == "linux"
 
@@ -276,20 +246,20 @@ def test_an_invalid_value_is_left_out(cache: Cache, key: str, value: object) -> 
     ],
 )
 def test_a_time_is_kept_in_utc(cache: Cache, text: str, time: datetime) -> None:
-    save(cache, "app:1", make_image(make_config(1, created=text), 1))
+    save(cache, "app:1", image_of(full_config(1, created=text), 1))
     assert cache.get_image("app:1").created == time
 
 
 def test_invalid_labels_are_left_out(cache: Cache) -> None:
     labels = {"a": "1", "": "2", "b": 3, "c": "x" * (TEXT_LIMIT + 1), "d\0": "4", "e": "\udc00", "f": None}
-    save(cache, "app:1", make_image(make_config(1, config={"Labels": labels}), 1))
+    save(cache, "app:1", image_of(full_config(1, config={"Labels": labels}), 1))
     assert cache.get_labels("app:1") == {"a": "1"}
 
 
 def test_labels_beyond_the_limit_are_left_out(cache: Cache) -> None:
     sizes = {"b": 60_000, "c": 60_000, "a": 60_000, "d": 60_000, "large": 30_000, "e": 20_000, "more": 3_000, "last": 2}
     labels = {key: "x" * size for key, size in sizes.items()}
-    save(cache, "app:1", make_image(make_config(1, config={"Labels": labels}), 1))
+    save(cache, "app:1", image_of(full_config(1, config={"Labels": labels}), 1))
     kept = cache.get_labels("app:1")
     assert list(kept) == ["a", "b", "c", "d", "e", "last"]
     assert sum(len(key) + len(value) for key, value in kept.items()) <= CONFIG_LIMIT
@@ -299,7 +269,7 @@ def test_commands_beyond_the_limit_are_left_out(cache: Cache) -> None:
     seeds = range(1, 8)
     sizes = [60_000] * 4 + [30_000, 20_000, 3_000]
     history = [{"created_by": "x" * size} for size in sizes]
-    save(cache, "app:1", make_image(make_config(*seeds, history=history), *seeds))
+    save(cache, "app:1", image_of(full_config(*seeds, history=history), *seeds))
     found = [(len(blob.created_by or ""), blob.diff_id) for blob in cache.get_image_blobs("app:1")[2:]]
     kept = [60_000] * 4 + [0, 20_000, 0]
     assert found == [(size, digest_of(layer(seed))) for size, seed in zip(kept, seeds, strict=True)]
@@ -315,13 +285,13 @@ def test_commands_beyond_the_limit_are_left_out(cache: Cache) -> None:
     ],
 )
 def test_a_history_that_does_not_match_the_layers_is_ignored(cache: Cache, more: dict[str, Any]) -> None:
-    save(cache, "app:1", make_image(make_config(1, **more), 1))
+    save(cache, "app:1", image_of(full_config(1, **more), 1))
     found = cache.get_image_blobs("app:1")[2]
     assert (found.diff_id, found.created_by) == (digest_of(layer(1)), None)
 
 
 def test_diff_ids_are_ignored_if_the_config_names_more_layers_than_the_manifest(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1, 2), 1))
+    save(cache, "app:1", image_of(full_config(1, 2), 1))
     assert cache.get_image_blobs("app:1")[2].diff_id is None
 
 
@@ -333,9 +303,9 @@ JSON = st.recursive(
 
 
 @pytest.mark.slow
-@given(st.dictionaries(st.sampled_from(sorted(make_config())) | st.text(), JSON), st.binary())
+@given(st.dictionaries(st.sampled_from(sorted(full_config())) | st.text(), JSON), st.binary())
 def test_parsing_a_strange_config_raises_no_other_error(document: dict[str, Any], data: bytes) -> None:
-    parse_config(json.dumps({**make_config(1), **document}).encode(), 100)
+    parse_config(json.dumps({**full_config(1), **document}).encode(), 100)
     for entry in ("Labels", "diff_ids"):
         nested = {"config": {entry: document}, "rootfs": {entry: [document]}, "history": [document]}
         parse_config(json.dumps(nested).encode(), 100)
@@ -346,7 +316,7 @@ def test_parsing_a_strange_config_raises_no_other_error(document: dict[str, Any]
 def test_verify_describes_an_image_whose_config_could_not_be_read_before(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make_image(make_config(1), 1)
+    made = image_of(full_config(1), 1)
     for digest, data in made.blobs.items():
         cache.save_blob(digest, data)
     opened = reader.open_blob
@@ -383,7 +353,7 @@ def test_verify_describes_an_image_whose_config_could_not_be_read_before(
     ],
 )
 def test_verify_repairs_values_that_differ_from_the_config(cache: Cache, sql: str) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
+    save(cache, "app:1", image_of(full_config(1), 1))
     contents = cache.get_image_blobs("app:1")
     change_index(cache.directory, sql)
     assert [problem.kind for problem in cache.verify().problems] == ["index"]
@@ -394,7 +364,7 @@ def test_verify_repairs_values_that_differ_from_the_config(cache: Cache, sql: st
 
 
 def test_verify_skips_descriptions_that_a_backfill_has_not_reached(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
+    save(cache, "app:1", image_of(full_config(1), 1))
     change_index(cache.directory, "UPDATE images SET author = NULL")
     change_index(cache.directory, f"INSERT INTO backfills VALUES ('{BACKFILL}', 0)")
     assert cache.verify().problems == []
@@ -403,13 +373,13 @@ def test_verify_skips_descriptions_that_a_backfill_has_not_reached(cache: Cache)
 
 
 def test_an_attached_config_describes_the_image_now_and_when_it_is_saved_again(cache: Cache) -> None:
-    save(cache, "app:1", make_image(make_config(1), 1))
-    other = cache.add_blob(json.dumps(make_config(author="B", config={})).encode())
+    save(cache, "app:1", image_of(full_config(1), 1))
+    other = cache.add_blob(json.dumps(full_config(author="B", config={})).encode())
     cache.associate_blob_with_image("app:1", other, role="config", media_type=OCI_CONFIG)
     assert cache.verify().problems == []
     found = read_description(cache, "app:1")
     assert found == (*DESCRIPTION[:4], None, {})
-    cache.save_manifest("app:1", make_image(make_config(1), 1).manifest)
+    cache.save_manifest("app:1", image_of(full_config(1), 1).manifest)
     assert read_description(cache, "app:1") == found
 
 

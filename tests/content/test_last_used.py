@@ -18,8 +18,8 @@ from cachedb.content import last_used
 from cachedb.disk import locks
 from cachedb.oci.names import Name
 from tests.conftest import Run
-from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.index_file import change_index
 
 IMAGE = make.image(1)
 LONG_AGO = "2020-01-01T00:00:00.000000Z"

@@ -14,9 +14,9 @@ from sqlalchemy import Pool, event
 from cachedb import Cache, Filters, InvalidDigest, InvalidName, InvalidQuery, Name, NotInCache
 from cachedb.index.filters import parse_filters
 from tests.conftest import Run
-from tests.content.test_describe import make_config, make_image
 from tests.support import make
 from tests.support.ages import age, set_time
+from tests.support.make import full_config, image_of
 
 NAMES = ["app:1", "app:2", "localhost:5000/team/app:1", "team/app:1", "team/db:2", "team/sub/x:latest"]
 
@@ -83,7 +83,7 @@ def test_any_number_of_names_can_be_given_with_filters(directory: Path) -> None:
 
 def test_labels_are_matched_by_key_or_by_value_and_all_of_them_must_match(cache: Cache) -> None:
     for name, labels in {"a:1": {"team": "web", "env": "ci"}, "b:1": {"team": "db"}, "c:1": {}}.items():
-        make.save(cache, name, make_image(make_config(1, config={"Labels": labels}), 1))
+        make.save(cache, name, image_of(full_config(1, config={"Labels": labels}), 1))
     assert select(cache, "label=team") == ["a:1", "b:1"]
     assert select(cache, "label=team=web") == ["a:1"]
     assert select(cache, "label=team=web", "label=env=ci") == ["a:1"]

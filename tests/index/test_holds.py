@@ -15,8 +15,8 @@ import pytest
 from cachedb import Cache, CacheError, Name, NotInCache
 from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, files_of, run_python, snapshot
-from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.index_file import change_index
 from tests.support.make import save
 from tests.support.promises import check
 

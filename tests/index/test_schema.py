@@ -28,6 +28,7 @@ from cachedb.index.tables import METADATA, REVISION
 from cachedb.operations import upgrade as upgrade_module
 from tests.conftest import read_revision, run_python, snapshot, stored_rows
 from tests.index.sqlite.test_database import content
+from tests.support.index_file import change_index, list_tables, read_rows
 from tests.support.make import digest_of, image
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -48,31 +49,6 @@ def alembic(*arguments: str, checkout: Path = CHECKOUT, **environment: str) -> s
         text=True,
         check=False,
     )
-
-
-def list_tables(directory: Path) -> set[str]:
-    shell = sqlite3.connect(directory / "index.db")
-    try:
-        return {name for (name,) in shell.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    finally:
-        shell.close()
-
-
-def read_rows(directory: Path) -> dict[str, list[tuple[object, ...]]]:
-    """Return all rows of all tables except Alembic's."""
-    names = list_tables(directory) - {"alembic_version"}
-    shell = sqlite3.connect(directory / "index.db")
-    try:
-        return {name: sorted(shell.execute(f"SELECT * FROM {name}"), key=repr) for name in names}
-    finally:
-        shell.close()
-
-
-def change_index(directory: Path, sql: str) -> None:
-    shell = sqlite3.connect(directory / "index.db")
-    with shell:
-        shell.execute(sql)
-    shell.close()
 
 
 # Creation

@@ -27,8 +27,8 @@ from cachedb.index.sqlite.database import Database
 from cachedb.operations import copy, verify
 from cachedb.operations.policy import Keep
 from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
-from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.index_file import change_index
 from tests.support.make import image, save
 from tests.support.promises import check
 

@@ -18,8 +18,8 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import REVISION
 from cachedb.operations import preview, upgrade
 from tests.conftest import Run, read_revision
-from tests.index.test_schema import change_index
 from tests.operations.test_upgrade import REVISIONS, unpack_frozen_cache
+from tests.support.index_file import change_index
 from tests.support.make import image, save
 
 OLDEST = REVISIONS[0]

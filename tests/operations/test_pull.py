@@ -45,7 +45,6 @@ from cachedb.operations.pull import _Pull
 from cachedb.text import format_size, shorten_digest
 from cachedb.transports.registry import download, places, source, tls
 from tests.conftest import Run, run_python
-from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.ages import age
 from tests.support.faults import (
@@ -62,6 +61,7 @@ from tests.support.faults import (
     redirect,
     retry_later,
 )
+from tests.support.index_file import change_index
 from tests.support.make import write_bytes
 from tests.support.promises import check
 from tests.support.registries import (  # noqa: F401 - isolate_client is a fixture
@@ -637,7 +637,8 @@ def test_a_user_who_is_not_root_stores_a_complete_partial_download(remote: Regis
     code = f"""if True:
         import os
         # Import these while root can still read them.
-        import encodings.ascii, encodings.idna, cachedb.operations.pull, cachedb.transports.registry.repository
+        import alembic.command, encodings.ascii, encodings.idna
+        import cachedb.operations.pull, cachedb.transports.registry.repository
         from cachedb import Cache
         from tests.operations.test_pull import LARGE, write_partial
         os.setuid(65534)

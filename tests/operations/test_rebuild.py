@@ -31,8 +31,8 @@ from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild
 from cachedb.operations.verify import Problem
 from tests.conftest import Run, files_of, running, start_python
-from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.index_file import change_index
 from tests.support.make import digest_of, image, save
 from tests.support.promises import check
 

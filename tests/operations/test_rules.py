@@ -11,9 +11,9 @@ import pytest
 from cachedb import Cache, InvalidPolicy, InvalidQuery, Keep, Limits, Policy, Remove
 from cachedb.operations.policy import format_policy
 from tests.conftest import Run, files_of
-from tests.content.test_describe import make_config, make_image
 from tests.support import make
 from tests.support.ages import age
+from tests.support.make import full_config, image_of
 from tests.support.pruning import ALL, check_whole, names_of, save_old
 
 # What is kept
@@ -115,7 +115,7 @@ WAYS: dict[str, Callable[[Cache, Run, tuple[Keep, ...]], None]] = {
 @pytest.mark.parametrize("kind", KEEPS)
 def test_what_is_kept_stays_whatever_removes_images(cache: Cache, cachedb: Run, kind: str, way: str) -> None:
     keep_it, keep = KEEPS[kind]
-    labelled = make_image(make_config(1, architecture="s390x", config={"Labels": {"keep": "yes"}}), 1)
+    labelled = image_of(full_config(1, architecture="s390x", config={"Labels": {"keep": "yes"}}), 1)
     make.save(cache, "team/kept:1", labelled)
     age(cache, "last_used_at", "team/kept:1", days=9)
     save_old(cache, "gone:1", "other:2")
@@ -210,8 +210,8 @@ def test_a_rule_removes_the_images_that_fulfil_all_of_its_conditions(
     cache: Cache, rule: Remove, expected: list[str]
 ) -> None:
     make.save(cache, "app:1", make.image(1))
-    config = make_config(2, architecture="arm64", config={"Labels": {"ephemeral": "true"}})
-    make.save(cache, "app:2", make_image(config, 2))
+    config = full_config(2, architecture="arm64", config={"Labels": {"ephemeral": "true"}})
+    make.save(cache, "app:2", image_of(config, 2))
     make.save(cache, "db:1", make.image(3))
     cache.save_manifest("half:1", make.image(4).manifest)
     for days, name in enumerate(["app:1", "app:2", "db:1", "half:1"], 2):

@@ -53,7 +53,7 @@ from cachedb.oci.configs import ImageConfig, parse_config
 from cachedb.operations import restore, upgrade
 from tests.conftest import Run, files_of, read_revision, run_python, running, start_python
 from tests.index.sqlite.test_database import content
-from tests.index.test_schema import change_index, list_tables, read_rows
+from tests.support.index_file import change_index, list_tables, read_rows
 from tests.support.make import image, index, save
 from tests.support.promises import check
 

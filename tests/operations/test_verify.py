@@ -30,9 +30,9 @@ from cachedb.operations import verify
 from cachedb.operations.repair import _mark_missing
 from cachedb.operations.verify import KINDS, Problem
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
-from tests.index.test_schema import change_index
 from tests.operations.test_upgrade import unpack_frozen_cache
 from tests.support import make
+from tests.support.index_file import change_index
 from tests.support.make import ImageContent, digest_of, hex_of, image, save
 from tests.support.promises import check
 

@@ -17,7 +17,7 @@ import pytest
 
 from cachedb import Cache
 from tests.conftest import Run, find_peer, running
-from tests.index.test_schema import change_index
+from tests.support.index_file import change_index
 from tests.support.make import image, save
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text()

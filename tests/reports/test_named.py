@@ -16,8 +16,8 @@ from cachedb import Cache, InvalidName, InvalidQuery, NotInCache
 from cachedb.reports import named
 from cachedb.reports.parameters import Parameter
 from tests.conftest import Run
-from tests.index.test_schema import change_index
 from tests.support import make
+from tests.support.index_file import change_index
 
 BASE = make.image(1, 2)
 APP = make.image(1, 2, 3)

@@ -29,9 +29,8 @@ from cachedb.oci.manifests import CONFIG_TYPES, OCI_INDEX, OCI_LAYER, OCI_MANIFE
 from cachedb.oci.names import Name
 from cachedb.reports import named as report
 from tests.conftest import files_of
-from tests.content.test_describe import make_config, make_image
 from tests.support import make
-from tests.support.make import ImageContent, descriptor, digest_of
+from tests.support.make import ImageContent, descriptor, digest_of, full_config, image_of
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "40"))
 
@@ -39,10 +38,10 @@ IMAGES = [
     make.image(1), make.image(1, 2), make.image(1, 2, 3), make.image(2), make.image(2, 1), make.image(),
     make.image(4, 4), make.image(4, 4, 4), make.image(4, 5, 4), make.image(1, architecture="arm64"),
     make.image(1, 2, 5, architecture="arm64"), make.image(3, compression="gzip"), make.image(3, 6, compression="gzip"),
-    make_image(make_config(1), 1), make_image(make_config(1, 2, author="B", created=None), 1, 2),
-    make_image(b"no config", 2, 3),
-    make_image(make_config(1, 2, history=[{"created_by": "COPY x"}, {"created_by": "RUN y"}]), 1, 2),
-    make_image(make_config(2, architecture="amd64", config={"Labels": {"version": "1", "empty": "no"}}), 2),
+    image_of(full_config(1), 1), image_of(full_config(1, 2, author="B", created=None), 1, 2),
+    image_of(b"no config", 2, 3),
+    image_of(full_config(1, 2, history=[{"created_by": "COPY x"}, {"created_by": "RUN y"}]), 1, 2),
+    image_of(full_config(2, architecture="amd64", config={"Labels": {"version": "1", "empty": "no"}}), 2),
 ]  # fmt: skip
 """Images that share layers and configs, build on each other, or have no layer or one layer twice."""
 

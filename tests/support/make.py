@@ -118,6 +118,38 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
     return ImageContent(manifest, config, layers)
 
 
+def full_config(*seeds: int, **more: Any) -> dict[str, Any]:
+    """Return a config with all values that the index copies, and a layer for each seed."""
+    layers = [digest_of(layer(seed)) for seed in seeds]
+    return {
+        "architecture": "arm",
+        "variant": "v7",
+        "os": "linux",
+        "created": "2026-02-03T04:05:06.789012345Z",
+        "author": "A. Author <a@example.org>",
+        "config": {"Labels": {"version": "1", "empty": ""}},
+        "rootfs": {"type": "layers", "diff_ids": layers},
+        "history": [
+            *({"created_by": f"RUN make {seed}"} for seed in seeds),
+            {"created_by": "CMD /bin/sh", "empty_layer": True},
+        ],
+        **more,
+    }
+
+
+def image_of(config: dict[str, Any] | bytes, *seeds: int, kind: str = OCI_CONFIG) -> ImageContent:
+    """Return an OCI image with this config and a layer for each seed."""
+    data = config if isinstance(config, bytes) else json.dumps(config).encode()
+    layers = [layer(seed) for seed in seeds]
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": descriptor(data, kind),
+        "layers": [descriptor(one, OCI_LAYER) for one in layers],
+    }
+    return ImageContent(json.dumps(manifest).encode(), data, layers)
+
+
 def with_docker_types(made: ImageContent) -> ImageContent:
     """Return an image with Docker's media types (image manifest version 2, schema 2) instead of OCI's."""
     document = json.loads(made.manifest)

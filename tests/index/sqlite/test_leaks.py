@@ -22,7 +22,7 @@ from cachedb.index.sqlite import connection
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import rebuild, restore
 from tests.conftest import is_open
-from tests.index.test_schema import change_index
+from tests.support.index_file import change_index
 from tests.support.make import image, save
 
 
