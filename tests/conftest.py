@@ -68,6 +68,16 @@ def cache(directory: Path) -> Iterator[Cache]:
 
 
 @pytest.fixture
+def check_promises(directory: Path) -> Iterator[None]:
+    """Check at the end that the cache keeps its promises, if the test has made one."""
+    from tests.support.promises import check  # here, because that module imports this one
+
+    yield
+    if directory.exists():
+        check(directory)
+
+
+@pytest.fixture
 def index(cache: Cache) -> Iterator[Database]:
     """Yield the database of a new cache."""
     database = Database(cache.directory)

@@ -24,17 +24,16 @@ from tests.operations.test_push import FIRST, assert_has, make_referrer
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, answer_html, change_answer, change_headers, drop_answer, redirect
 from tests.support.make import save, save_index
-from tests.support.promises import check
 from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, certificate, isolate_client  # noqa: F401 - isolate_client is a fixture
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("check_promises")
+
 
 @pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        save(opened, "app:1", FIRST)
-        yield opened
-    check(directory)
+def cache(cache: Cache) -> Cache:
+    save(cache, "app:1", FIRST)
+    return cache
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,7 @@ IMAGES = {
 NAMES = ["app:1", "app:2", "registry.example.org:5000/team/deep/er/app:latest"]
 FIRST = IMAGES["app/1"]
 
-
-@pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    """Open a cache, and check after the test that it keeps its promises."""
-    with Cache.open(directory) as opened:
-        yield opened
-    check(directory)
+pytestmark = pytest.mark.usefixtures("check_promises")
 
 
 @pytest.fixture

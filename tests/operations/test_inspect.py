@@ -14,19 +14,18 @@ from cachedb.transports.registry import repository
 from tests.conftest import Run
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_headers, corrupt_body
-from tests.support.promises import check
 from tests.support.registries import PASSWORD, USER, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 IMAGE = make.image(1, 2, compression="gzip")
 ARM = make.image(3, architecture="arm64")
 
+pytestmark = pytest.mark.usefixtures("check_promises")
+
 
 @pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        yield opened
-        assert opened.list_names() == opened.list_blobs() == []
-    check(directory)
+def cache(cache: Cache) -> Iterator[Cache]:
+    yield cache
+    assert cache.list_names() == cache.list_blobs() == []
 
 
 @pytest.fixture

@@ -85,12 +85,7 @@ ARM = make.image(1, 5, architecture="arm64")
 FOREIGN = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 ODD = make.image(6, architecture="riscv64")
 
-
-@pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        yield opened
-    check(directory)
+pytestmark = pytest.mark.usefixtures("check_promises")
 
 
 @pytest.fixture
@@ -843,9 +838,10 @@ def test_a_pull_in_a_cache_that_can_only_be_read_leaves_the_lifetime_as_it_is(
     name = f"{remote.host}/app:1"
     with Cache.open(directory) as writable:
         image = writable.pull(name, ttl=3600).image
-    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
-    with Cache.open(directory) as cache:
-        assert cache.pull(name, if_missing=True).image == image
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda _, mode: mode != os.W_OK)
+        with Cache.open(directory) as cache:
+            assert cache.pull(name, if_missing=True).image == image
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -26,7 +26,6 @@ from tests.operations.test_pull import (  # noqa: F401 - unreachable is a fixtur
 )
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_answer, change_headers, drop_answer, redirect, retry_later
-from tests.support.promises import check
 from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 from tests.support.waiting import wait_until
 
@@ -51,13 +50,14 @@ def make_referrer(subject: bytes, what: bytes = b"a signature", media_type: str 
     return make.ImageContent(json.dumps(manifest).encode(), EMPTY, [what])
 
 
+pytestmark = pytest.mark.usefixtures("check_promises")
+
+
 @pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
-            make.save(opened, name, image)
-        yield opened
-    check(directory)
+def cache(cache: Cache) -> Cache:
+    for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
+        make.save(cache, name, image)
+    return cache
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from tests.conftest import Run, run_python, snapshot
 from tests.support import make
 from tests.support.ages import age
 from tests.support.faults import ALWAYS, Answer, Call
-from tests.support.promises import check
 from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 from tests.support.waiting import wait_until
 
@@ -35,12 +34,7 @@ MB = 1_000_000
 OLD, NEW, OTHER = (make.image(seed, size=3 * MB) for seed in (1, 2, 3))
 SHARING = make.image(1, 4, size=3 * MB)  # shares its larger half with `OLD`
 
-
-@pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        yield opened
-    check(directory)
+pytestmark = pytest.mark.usefixtures("check_promises")
 
 
 @pytest.fixture

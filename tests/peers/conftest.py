@@ -21,11 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    """Open a cache, and check its promises at the end."""
-    with Cache.open(directory) as opened:
-        yield opened
-    check(directory)
+def cache(check_promises: None, cache: Cache) -> Cache:
+    """Return a cache whose promises are checked at the end, after it is closed."""
+    return cache
 
 
 @pytest.fixture

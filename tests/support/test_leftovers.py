@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.leftovers import MARK
 from tests.support.processes import is_alive
+from tests.support.waiting import wait_until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -56,13 +55,6 @@ def is_mounted(place: str) -> bool:
     return False
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -74,15 +66,15 @@ def test_a_killed_run_leaves_no_process_and_no_mount(tmp_path: Path, workers: in
     environment = {**os.environ, "STARTED": str(started), "PYTHONPATH": str(CHECKOUT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as run:
         assert run.stdout is not None
-        wait_until(lambda: started.exists() or run.poll() is not None, "the test has not begun")
+        assert wait_until(lambda: started.exists() or run.poll() is not None), "the test has not begun"
         assert run.poll() is None, run.stdout.read()
         found = json.loads(started.read_text())
         assert all(map(is_alive, found["processes"]))
         assert is_mounted(found["place"]) == found["mounted"]
         run.send_signal(signal.SIGKILL)
         try:
-            wait_until(lambda: not any(map(is_alive, found["processes"])), "a process is left")
-            wait_until(lambda: not is_mounted(found["place"]), "a mount is left")
+            assert wait_until(lambda: not any(map(is_alive, found["processes"]))), "a process is left"
+            assert wait_until(lambda: not is_mounted(found["place"])), "a mount is left"
         finally:  # this test must not leave the mount if the watcher did
             subprocess.run(["umount", "--lazy", found["place"]], check=False, capture_output=True)
 

@@ -26,21 +26,18 @@ from tests.cli.test_main import run_on_terminal
 from tests.conftest import Run
 from tests.support import make
 from tests.support.processes import cpu_seconds
-from tests.support.promises import check
 from tests.support.waiting import wait_until
 
 IMAGE = make.image(1, 2)
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"
 
+pytestmark = pytest.mark.usefixtures("check_promises")
+
 
 @pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        for data in (IMAGE.config, *IMAGE.layers):
-            opened.add_blob(data)
-        opened.save_manifest("app:1", IMAGE.manifest)
-        yield opened
-    check(directory)
+def cache(cache: Cache) -> Cache:
+    make.save(cache, "app:1", IMAGE)
+    return cache
 
 
 def run_query(cache: Cache, query: str, **parameters: int | float | str | None) -> list[tuple[object, ...]]:
