@@ -139,3 +139,20 @@ def test_a_module_uses_only_names_that_another_one_offers() -> None:
         and name not in getattr(importlib.import_module(other), "__all__", [name])
     ]
     assert missing == []
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Yield the place and the first line of each docstring of the package, of constants too."""
+    package = Path(cachedb.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                first = str(node.value.value).partition("\n")[0]
+                yield f"{path.relative_to(package)}:{node.lineno}", first
+
+
+@pytest.mark.slow
+def test_the_first_line_of_a_docstring_is_short() -> None:
+    found = dict(docstrings())
+    assert "A local cache of container images that many processes share, with an index in SQL." in found.values()
+    assert [f"{place}: {line}" for place, line in found.items() if len(line) > 100] == []

@@ -132,9 +132,9 @@ def is_full(error: StorageError) -> bool:
 
 
 def find_quota_user(error: StorageError) -> int | None:
-    """Return the id of the user whose quota is used up: to delete the files of others would free nothing of it.
+    """Return the id of the user whose quota is used up; None if no quota is the reason.
 
-    None means that no quota is the reason, so the files of all users take the space.
+    Only files of this user take space from the quota. Without a quota, the files of all users take the space.
     """
     return os.geteuid() if error.errno == errno.EDQUOT else None
 
