@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from cachedb.disk import byte_locks, lock_holders, locks
 from cachedb.disk.folders import Folders, Leftover, is_shared, set_aside
+from cachedb.disk.forks import no_fork
 from cachedb.disk.layout import lock_kind
 from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
@@ -50,6 +51,7 @@ _REMOVAL_SECONDS = 1.0  # how long to wait for that lock, which is held for a mo
 _of_thread = threading.local()
 _claims: dict[Path, FileIO] = {}  # the lock files of this process's claims
 _progress_noted: dict[Path, float] = {}  # when progress was last noted
+_guard = threading.RLock()  # held while a claim's descriptor is used, so that nobody closes it; a signal may interrupt
 # A forked child has none of its parent's claims.
 os.register_at_fork(after_in_child=_claims.clear)
 os.register_at_fork(after_in_child=lambda: _of_thread.__dict__.clear())
@@ -94,8 +96,9 @@ def _is_planted(path: Path, error: OSError) -> bool:
 
 
 def _release_claim(path: Path, lock: FileIO) -> None:
-    if _claims.get(path) is lock:
-        del _claims[path]
+    with no_fork(), _guard:  # a file opened after the close may get the descriptor's number
+        if _claims.get(path) is lock:
+            del _claims[path]
     try:
         with ignore_os_errors():  # the next open removes it
             _remove(path, lock)
@@ -128,14 +131,15 @@ def show_progress(directory: Path, key: str) -> None:
     Raises:
         ClaimLost: if another process has taken over the claim.
     """
-    path = _claim_path(directory, key)
-    lock, now = _claims.get(path), time.monotonic()
-    if lock is None or now - _progress_noted.get(path, 0.0) < _PROGRESS_SECONDS:
+    path, now = _claim_path(directory, key), time.monotonic()
+    if path not in _claims or now - _progress_noted.get(path, 0.0) < _PROGRESS_SECONDS:
         return
     _progress_noted[path] = now
-    check_claim(directory, key)
-    with suppress(OSError, ValueError):  # another thread has closed the file
-        os.utime(lock.fileno())
+    with no_fork(), _guard:
+        check_claim(directory, key)
+        if (lock := _claims.get(path)) is not None:
+            with suppress(OSError):
+                os.utime(lock.fileno())
 
 
 def check_claim(directory: Path, key: str) -> None:

@@ -391,3 +391,36 @@ def test_another_kind_of_file_in_the_place_of_a_claim_is_set_aside(cache: Cache,
     assert thesis.read_text() == "the only copy"
     (left,) = (path for path in (cache.directory / "locks").iterdir() if path.name.startswith(place.name))
     assert [problem.path for problem in cache.verify().problems] == [left]
+
+
+def test_noted_progress_changes_no_other_file(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, utime = threading.Event(), threading.Event(), os.utime
+    mine, guard = tmp_path / "mine", threading.RLock()
+    mine.touch()
+    utime(mine, (0, 0))
+
+    class Guard:
+        def __enter__(self) -> None:
+            if not guard.acquire(blocking=False):
+                go_on.set()  # the claim is not released before the time is set
+                guard.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            guard.release()
+
+    def set_time(file: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        utime(file)
+
+    monkeypatch.setattr(single_flight, "_guard", Guard())
+    monkeypatch.setattr(single_flight, "_PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(os, "utime", set_time)
+    with cache.producing("app:1"):
+        assert begun.wait(60)
+    opened = [mine.open("rb") for _ in range(20)]  # one of them gets the number of the claim's descriptor
+    go_on.set()
+    assert wait_until(lambda: not any(thread.name == "cachedb progress" for thread in threading.enumerate()))
+    for file in opened:
+        file.close()
+    assert mine.stat().st_mtime == 0
