@@ -90,6 +90,7 @@ def _has_writer(file: int) -> bool:
     """Return whether `receive` has this file open in another process or thread."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)  # a child forked just now may have a copy of the descriptor
     except BlockingIOError:
         return True
     return False

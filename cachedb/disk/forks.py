@@ -15,10 +15,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 __all__ = [
+    "OwnFile",
     "close_before_fork",
     "close_own",
     "is_fork_waiting",
@@ -38,6 +38,20 @@ class Forkable(Protocol):
         """Drop the state that belongs to the parent."""
 
 
+class OwnFile(Protocol):
+    """An open file or folder that a forked child closes."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class Closable(Protocol):
     """An object that must be closed before a fork, so that no child inherits its files."""
 
@@ -45,7 +59,9 @@ class Closable(Protocol):
         """Close all files; the object opens them again when it needs them."""
 
 
-_open_files: set[FileIO] = set()
+F = TypeVar("F", bound=OwnFile)
+
+_open_files: set[OwnFile] = set()
 _guard = threading.RLock()  # held while a file is opened, so that no fork misses it; reentrant for signal handlers
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
@@ -54,7 +70,7 @@ _unforked: Counter[int] = Counter()  # for each thread, the number of its open `
 _forking = False  # whether a fork waits for `no_fork` blocks
 
 
-def open_own(open_file: Callable[[], FileIO]) -> FileIO:
+def open_own(open_file: Callable[[], F]) -> F:
     """Open a file that forked children close at once; close it with `close_own`."""
     with _guard:
         file = open_file()
@@ -62,7 +78,7 @@ def open_own(open_file: Callable[[], FileIO]) -> FileIO:
     return file
 
 
-def close_own(file: FileIO) -> None:
+def close_own(file: OwnFile) -> None:
     """Close a file that `open_own` opened."""
     _open_files.discard(file)
     file.close()

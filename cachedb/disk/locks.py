@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cachedb.disk import lock_holders
 from cachedb.disk.folders import apply_folder_mode, is_shared
-from cachedb.disk.forks import close_own, open_own
+from cachedb.disk.forks import OwnFile, close_own, open_own
 from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
 from cachedb.disk.waiting import Wait
@@ -83,14 +83,32 @@ def hold_folder_lock(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
         Busy: if the time to wait is over.
     """
     while True:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = open_own(lambda: _LockFolder(path))
         try:
-            _lock(path, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-            if leads_to(path, folder):
+            _lock(path, folder.fileno(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+            if leads_to(path, folder.fileno()):
                 yield
                 return
         finally:
-            os.close(folder)
+            release(folder)
+
+
+class _LockFolder:
+    """An open folder, which `FileIO` refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.closed = False
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the folder."""
+        if not self.closed:
+            self.closed = True
+            os.close(self._descriptor)
 
 
 def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
@@ -132,6 +150,7 @@ def is_held(path: Path) -> bool:
         raise
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)  # a child forked just now may have a copy of the descriptor
     except BlockingIOError:
         return True
     finally:
@@ -139,7 +158,7 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def release(file: FileIO) -> None:
+def release(file: OwnFile) -> None:
     """Release a lock and close its file, unless a fork has closed the file in this child."""
     if not file.closed:
         fcntl.flock(file, fcntl.LOCK_UN)

@@ -110,6 +110,7 @@ def receive(
     with os_errors("write to the cache"):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if resume else os.O_EXCL)
         target = os.open(path, flags, 0o600, dir_fd=folder) if path else None
+    process = os.getpid()
     try:
         if resume and target is not None:
             _check_partial(target)
@@ -133,6 +134,8 @@ def receive(
         return Content(actual, length, os.fstat(target).st_ino if target is not None else 0)
     finally:
         if target is not None:
+            if resume and os.getpid() == process:
+                fcntl.flock(target, fcntl.LOCK_UN)  # a child forked meanwhile has a copy of the descriptor
             os.close(target)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
 import sqlite3
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError
-from cachedb.disk import forks, locks, turns
+from cachedb import Cache, CacheError, DigestMismatch
+from cachedb.disk import downloads, forks, locks, turns, writer
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import _Rows
 from tests.conftest import run_python
@@ -232,6 +235,34 @@ def test_a_fork_does_not_wait_for_another_process(directory: Path, other: Path, 
     prepare, work, release = WAITING[what]
     fork = FORK.replace("CHILD", "pass")  # the child has copies of the locks of this script
     run(directory, other, work, prepare, release, fork)
+
+
+@pytest.mark.slow
+def test_a_child_forked_during_an_export_keeps_no_lock_of_the_folder(directory: Path, other: Path) -> None:
+    fork = """
+    readable, writable = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(writable)
+        os.read(readable, 1)
+        os._exit(0)
+    """
+    release = """
+    thread.join()
+    with Cache.open(directory, wait=0) as again:
+        again.export("app:1", other / "layout", format="oci-dir")
+    opened = {os.readlink(f"/proc/{child}/fd/{fd}") for fd in os.listdir(f"/proc/{child}/fd")}
+    assert os.path.realpath(other / "layout") not in opened
+    os.close(writable)
+    os.waitpid(child, 0)
+    """
+    run(
+        directory,
+        other,
+        'cache.export("app:1", other / "layout", format="oci-dir", progress=stop_here)',
+        "",
+        release,
+        fork,
+    )
 
 
 @pytest.mark.slow
@@ -455,3 +486,68 @@ def test_a_write_fails_if_another_program_locks_the_index_for_too_long(
     shell.close()
     with index.write():
         pass
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Copy each descriptor when it is locked, as a child that is forked then does; return the copies."""
+    made: list[int] = []
+    flock = fcntl.flock
+
+    def lock(file: int, operation: int) -> None:
+        flock(file, operation)
+        if operation != fcntl.LOCK_UN:
+            made.append(os.dup(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lock)
+        yield made
+    for copy in made:
+        os.close(copy)
+
+
+def test_a_child_forked_during_a_look_at_a_lock_keeps_no_lock(tmp_path: Path, copies: list[int]) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    assert not locks.is_held(path)
+    assert copies
+    lock = locks.acquire(path, wait=False)
+    assert lock is not None
+    locks.release(lock)
+
+
+def test_a_child_forked_during_a_download_keeps_no_lock(tmp_path: Path, copies: list[int]) -> None:
+    (tmp_path / "part").write_bytes(b"a")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(2):
+        assert downloads.find_resumable_bytes(folder, "part", 3) == 1
+        with pytest.raises(DigestMismatch):
+            writer.receive(io.BytesIO(b""), "part", folder=folder, size=3, resume=True)
+        os.chmod(tmp_path / "part", 0o600)
+    os.close(folder)
+    assert len(copies) == 4
+
+
+def test_a_child_forked_during_a_download_does_not_release_its_lock(tmp_path: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb.disk import downloads, writer
+
+        class Source:
+            def readinto(self, buffer):
+                if (child := os.fork()) == 0:
+                    raise KeyboardInterrupt
+                os.waitpid(child, 0)
+                file = os.open(sys.argv[1], os.O_RDONLY)
+                print(downloads._has_writer(file), flush=True)
+                return 0
+
+        try:
+            writer.receive(Source(), sys.argv[1], resume=True)
+        except KeyboardInterrupt:
+            os._exit(0)
+        """,
+        tmp_path / "part",
+    )
+    assert output == "True\n"
