@@ -14,6 +14,7 @@ import pytest
 from cachedb import threads
 from cachedb.progress import Advance, sum_progress
 from cachedb.threads import ThreadGroup, at_low_priority, in_threads, report_in_thread
+from tests.conftest import run_python
 from tests.support.interrupts import interrupts
 
 
@@ -110,31 +111,34 @@ def test_more_interrupts_leave_no_thread_behind() -> None:
 
 
 def test_a_child_that_a_signal_handler_forks_does_not_wait_for_threads() -> None:
-    children = list[int]()
+    output = run_python(
+        """
+        import os, signal, threading, time
+        from cachedb.threads import in_threads
 
-    def fork(_number: int, _frame: object) -> None:
-        if not children:
-            children.append(os.fork())
-            if not children[0]:
-                signal.alarm(60)  # ends the child if it waits
-                raise KeyboardInterrupt
+        children, caller = [], threading.main_thread().ident
 
-    def work(_: int, __: Advance) -> None:
-        while not children:
-            signal.pthread_kill(caller, signal.SIGUSR1)
-            time.sleep(0.01)
+        def fork(*_):
+            if not children:
+                children.append(os.fork())
+                if not children[0]:
+                    signal.alarm(60)  # ends the child if it waits
+                    raise KeyboardInterrupt
 
-    caller, process = threading.get_ident(), os.getpid()
-    before = signal.signal(signal.SIGUSR1, fork)
-    try:
-        in_threads(work, [1], sum_progress(0, None))
-    except KeyboardInterrupt:
-        os._exit(7)
-    finally:
-        if os.getpid() != process:
-            os._exit(1)
-        signal.signal(signal.SIGUSR1, before)
-    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+        def work(*_):
+            while not children:
+                signal.pthread_kill(caller, signal.SIGUSR1)
+                time.sleep(0.01)
+
+        signal.signal(signal.SIGUSR1, fork)
+        try:
+            in_threads(work, [1], lambda _: None)
+        except KeyboardInterrupt:
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]))
+        """
+    )
+    assert output == "7\n"
 
 
 def test_progress_is_the_sum_over_all_threads() -> None:
