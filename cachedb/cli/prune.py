@@ -54,7 +54,7 @@ class _LimitParameter(_Parameter):
             self.fail(str(error), param, ctx)
 
 
-class _Wishes(NamedTuple):
+class _PruneOptions(NamedTuple):
     """The values of the options."""
 
     max_size: int | None = None  # bytes
@@ -68,8 +68,8 @@ class _Wishes(NamedTuple):
     to_free: int | None = None  # bytes
 
     @property
-    def are_given(self) -> bool:
-        """Whether there is any option."""
+    def has_any(self) -> bool:
+        """Whether any option is given."""
         return any(wish not in (None, ()) for wish in self)
 
 
@@ -146,7 +146,7 @@ def prune(
     applied_file: str | None,
     form: str,
     quiet: bool,
-    **options: Any,  # noqa: ANN401 - those of `_Wishes`
+    **options: Any,  # noqa: ANN401 - those of `_PruneOptions`
 ) -> None:
     """Remove the images that the policy and the options select, and as few others as the limits require.
 
@@ -158,65 +158,65 @@ def prune(
     Images that a keep rule selects, and images that are pinned, held or in use, always stay. Without a used-within in
     the policy, images that were used in the last 10 minutes stay too. The exit code is 1 if the limits cannot be met.
     """
-    wishes = _Wishes(**options)
+    given = _PruneOptions(**options)
     modes = {"--dry-run": dry_run, "--explain": explain, "--plan": plan_file, "--apply": applied_file}
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) > 1:
         raise click.UsageError(f"{chosen[0]} and {chosen[1]} exclude each other: give one of them")
     if applied_file is not None:
-        if wishes.are_given:
+        if given.has_any:
             raise click.UsageError("--apply removes what the plan says: give the other options to --plan")
         _apply(applied_file, form, quiet=quiet)
         return
     with open_cache() as cache:
-        policy = _merge(cache.get_policy(), wishes)
+        policy = _merge(cache.get_policy(), given)
         if explain is not None:
             with _naming_lines(cache):
-                found = cache.explain_prune(explain, policy, to_free=wishes.to_free)
+                found = cache.explain_prune(explain, policy, to_free=given.to_free)
             if form == "json":
                 planned = None if found.planned is None else _describe_planned(found.planned)
                 print_json({**found._asdict(), "name": str(found.name), "planned": planned})
             else:
                 click.echo(str(found))
             return
-        _check_purpose(policy, wishes, quiet=quiet)
+        _check_purpose(policy, given, quiet=quiet)
         with _naming_lines(cache):
             if dry_run or plan_file is not None:
-                _print_plan(cache.plan_prune(policy, to_free=wishes.to_free), form, plan_file, quiet=quiet)
+                _print_plan(cache.plan_prune(policy, to_free=given.to_free), form, plan_file, quiet=quiet)
             else:
                 with show_progress("pruning", quiet=quiet) as progress:
-                    pruned = cache.prune(policy, to_free=wishes.to_free, progress=progress)
+                    pruned = cache.prune(policy, to_free=given.to_free, progress=progress)
                 _print_pruned(pruned, policy, form, quiet=quiet)
 
 
-def _merge(policy: Policy, wishes: _Wishes) -> Policy:
+def _merge(policy: Policy, given: _PruneOptions) -> Policy:
     """Return the policy of the cache, changed by the options."""
     from cachedb.operations.policy import Keep, parse_name_or_pattern
 
-    limits = {name: getattr(wishes, name) for name in ("max_size", "min_free", "down_to")}
+    limits = {name: getattr(given, name) for name in ("max_size", "min_free", "down_to")}
     merged = policy.limits._replace(**{name: limit for name, limit in limits.items() if limit is not None})
-    if wishes.down_to is not None and merged.max_size is None:
+    if given.down_to is not None and merged.max_size is None:
         raise click.UsageError("--down-to is a part of --max-size, which is missing: add --max-size")
     keep = policy.keep
-    if wishes.keep:
+    if given.keep:
         try:
-            keep += (Keep(names=tuple(map(parse_name_or_pattern, wishes.keep))),)
+            keep += (Keep(names=tuple(map(parse_name_or_pattern, given.keep))),)
         except ValueError as error:
             raise click.UsageError(f"--keep: {error}") from None
-    if wishes.newest is not None:
-        keep += (Keep(newest=wishes.newest),)
-    rule = _make_rule(wishes)
+    if given.newest is not None:
+        keep += (Keep(newest=given.newest),)
+    rule = _make_rule(given)
     return policy._replace(limits=merged, keep=keep, remove=policy.remove if rule is None else (rule,))
 
 
-def _make_rule(wishes: _Wishes) -> Remove | None:
+def _make_rule(given: _PruneOptions) -> Remove | None:
     """Return the rule that the options make; None if they make none."""
     from cachedb.index.filters import parse_filters
     from cachedb.operations.policy import Remove
 
-    filters = parse_filters(wishes.conditions)
+    filters = parse_filters(given.conditions)
     for key in ("unused_for", "added_before"):
-        if getattr(wishes, key) is not None and getattr(filters, key) is not None:
+        if getattr(given, key) is not None and getattr(filters, key) is not None:
             name = key.replace("_", "-")
             raise click.UsageError(f"--{name} and --filter {name}=... exclude each other: give one of them")
     others = (filters.base, filters.digest, filters.pinned, filters.expired)
@@ -228,21 +228,21 @@ def _make_rule(wishes: _Wishes) -> Remove | None:
     rule = Remove(
         labels=filters.labels,
         platform=filters.platforms[0] if filters.platforms else None,
-        unused_for=filters.unused_for if wishes.unused_for is None else wishes.unused_for,
-        added_before=age if wishes.added_before is None else wishes.added_before,
+        unused_for=filters.unused_for if given.unused_for is None else given.unused_for,
+        added_before=age if given.added_before is None else given.added_before,
         incomplete=filters.incomplete,
     )
     return None if rule == Remove() else rule
 
 
-def _check_purpose(policy: Policy, wishes: _Wishes, *, quiet: bool) -> None:
+def _check_purpose(policy: Policy, given: _PruneOptions, *, quiet: bool) -> None:
     """Fail with a usage error if the options say only what to keep.
 
     Without a policy and options, print that only images whose lifetime has ended are removed.
     """
-    if not (policy.limits.max_size is policy.limits.min_free is wishes.to_free is None and not policy.remove):
+    if not (policy.limits.max_size is policy.limits.min_free is given.to_free is None and not policy.remove):
         return
-    if wishes.are_given:
+    if given.has_any:
         raise click.UsageError(
             "nothing says what to remove: give --max-size, --min-free, --to-free, --unused-for, --added-before or "
             "--filter, or write a policy with `cachedb policy edit`"

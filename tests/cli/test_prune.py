@@ -46,7 +46,7 @@ POLICY = Policy(Limits(1000, 0.5, 0.9), (Keep(newest=7),), (Remove(incomplete=Tr
 def test_options_replace_limits_and_rules_that_remove_and_add_to_what_is_kept(
     given: dict[str, Any], merged: Policy
 ) -> None:
-    assert prune._merge(POLICY, prune._Wishes(**given)) == merged
+    assert prune._merge(POLICY, prune._PruneOptions(**given)) == merged
 
 
 def test_a_long_age_is_taken_as_the_policy_takes_it(cache: Cache, cachedb: Run) -> None:
@@ -57,7 +57,7 @@ def test_a_long_age_is_taken_as_the_policy_takes_it(cache: Cache, cachedb: Run) 
 
 def test_an_age_of_the_options_is_that_of_a_rule() -> None:
     for given in ({"added_before": 3600}, {"conditions": ("added-before=1h",)}):
-        (rule,) = prune._merge(Policy(), prune._Wishes(**given)).remove
+        (rule,) = prune._merge(Policy(), prune._PruneOptions(**given)).remove
         assert rule == Remove(added_before=rule.added_before)
         assert rule.added_before == pytest.approx(3600, abs=600)
 
