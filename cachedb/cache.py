@@ -153,7 +153,7 @@ class Cache:
                 database.close()
                 raise
         except StorageError as error:
-            if not database.only_read(error):
+            if not database.make_read_only(error):
                 database.close()
                 raise
             try:
@@ -1051,7 +1051,7 @@ class Cache:
 
         check_functions(progress=progress)
         leftovers = self.get_leftovers()
-        return verify(self._database, self._session, quick=quick, repair=repair, left=leftovers, progress=progress)
+        return verify(self._database, self._session, quick=quick, repair=repair, leftovers=leftovers, progress=progress)
 
     def adopt(
         self,

@@ -74,7 +74,7 @@ class Access:
         if self._folders is not None:
             self._folders.check()
 
-    def only_read(self, shortage: StorageError) -> None:
+    def make_read_only(self, shortage: StorageError) -> None:
         """Make the directory read-only until its file system has room again.
 
         Args:

@@ -94,7 +94,7 @@ def verify(
     *,
     quick: bool,
     repair: bool,
-    left: Iterable[Leftover] = (),
+    leftovers: Iterable[Leftover] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Check a cache, and repair it if requested.
@@ -104,7 +104,7 @@ def verify(
         session: the session whose folder receives a rebuilt index.
         quick: check only the presence and size of files, not their content.
         repair: repair the problems that can be repaired.
-        left: files that could not be removed when the cache was opened, with the reasons.
+        leftovers: files that could not be removed when the cache was opened, with the reasons.
         progress: called with the bytes read and the total; from any thread, one call at a time.
 
     Raises:
@@ -113,7 +113,7 @@ def verify(
     if repair and database.read_only:
         raise StorageError("the cache is read-only: verify it without a repair, or make it writable")
     with os_errors("verify the cache"):  # a folder may be missing
-        return _verify(database, session, quick=quick, repair=repair, left=left, progress=progress)
+        return _verify(database, session, quick=quick, repair=repair, leftovers=leftovers, progress=progress)
 
 
 def _verify(
@@ -122,7 +122,7 @@ def _verify(
     *,
     quick: bool,
     repair: bool,
-    left: Iterable[Leftover],
+    leftovers: Iterable[Leftover],
     progress: Progress | None,
 ) -> Verification:
     problems = [Problem("index", None, database.path, fault, None) for fault in find_faults(database, quick=quick)]
@@ -149,7 +149,7 @@ def _verify(
     readings = hash_files(database.directory, {digest: files[digest] for digest in wanted}, progress)
     suspects.update(digest for digest, reading in readings.items() if reading.digest != digest)
     problems += _check_strays(database, strays, repair=repair)
-    known = dict(left)
+    known = dict(leftovers)
     problems += [problem for problem in _find_foreign_files(database.directory) if problem.path not in known]
     problems += [Problem("orphan", None, path, f"it cannot be removed: {why}", None) for path, why in known.items()]
     for part in split_batches(sorted(suspects)):
@@ -338,11 +338,11 @@ def _check_images(database: Database, bad: set[Digest], *, repair: bool) -> Iter
             found = _compare_image(connection, database.directory, image_id, bad)
             if found:
                 save.reassociate(connection, database.directory, image_id)
-                left = _compare_image(connection, database.directory, image_id, bad)
+                rest = _compare_image(connection, database.directory, image_id, bad)
                 done = "the index was corrected"
-                found = [problem if problem in left else problem._replace(repair=done) for problem in found]
+                found = [problem if problem in rest else problem._replace(repair=done) for problem in found]
                 if has_bad_manifest:
-                    found = left  # a bad manifest, reported already, explains the other differences
+                    found = rest  # a bad manifest, reported already, explains the other differences
         yield from found
 
 

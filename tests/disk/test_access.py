@@ -24,7 +24,7 @@ def test_a_shortage_that_ends_leaves_another_cause_to_only_read(
     else:
         monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
     found = Access(directory, directory / "index.db", trust=False)
-    found.only_read(StorageError("the disk is full", errno=errno.ENOSPC))
+    found.make_read_only(StorageError("the disk is full", errno=errno.ENOSPC))
     monkeypatch.setattr(space, "find_shortage", lambda *_: None)
     assert found.end_shortage()
     assert found.read_only
@@ -36,7 +36,7 @@ def test_a_shortage_that_goes_on_is_the_error_of_a_change(directory: Path, monke
     directory.mkdir()
     found = Access(directory, directory / "index.db", trust=False)
     assert not found.end_shortage()
-    found.only_read(StorageError("the disk is full", errno=errno.ENOSPC))
+    found.make_read_only(StorageError("the disk is full", errno=errno.ENOSPC))
     monkeypatch.setattr(space, "find_shortage", lambda *_: OSError(errno.ENOSPC, "full"))
     with pytest.raises(StorageError, match="the disk is full") as raised:
         found.end_shortage()

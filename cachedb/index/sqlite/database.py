@@ -454,7 +454,7 @@ class Database:
             stack.enter_context(transaction(immediate(connection), turn, driver.check_memory))
             yield connection
 
-    def only_read(self, error: StorageError) -> bool:
+    def make_read_only(self, error: StorageError) -> bool:
         """Make the cache read-only if the error is a full disk and there is an index.
 
         SQLite cannot create its -shm on a full disk. So the index is read as in a directory that cannot be written to.
@@ -465,7 +465,7 @@ class Database:
         if error.errno not in NO_ROOM_ERRNOS or self.file.is_new:
             return False
         self.close()
-        self.access.only_read(error)
+        self.access.make_read_only(error)
         return True
 
     def close(self) -> None:
