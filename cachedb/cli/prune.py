@@ -70,7 +70,7 @@ class _PruneOptions(NamedTuple):
     @property
     def has_any(self) -> bool:
         """Whether any option is given."""
-        return any(wish not in (None, ()) for wish in self)
+        return any(value not in (None, ()) for value in self)
 
 
 @click.command(

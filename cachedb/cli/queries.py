@@ -165,7 +165,7 @@ def _run_prompt(values: dict[str, int | float | str], form: str, seconds: int | 
         def execute(query: str) -> None:
             own = {name: value for name, value in values.items() if re.search(rf"[:@$]{re.escape(name)}\b", query)}
             try:
-                # A query that cannot be cancelled in time ends the process, and with it the prompt: be patient.
+                # A query that cannot be cancelled in time ends the process, and with it the prompt. So allow more time.
                 ask = partial(cache.sql, query, own, stream=True)
                 _print_answer(ask, form, seconds, header=header, grace_seconds=_PROMPT_GRACE_SECONDS)
             except CacheError as error:

@@ -114,7 +114,7 @@ class _LineEditor:
         return input(_PROMPTS[bool(lines)])
 
     def remember(self, text: str) -> None:
-        """Add a query to the history, as one line unless it has a comment, which would not end there."""
+        """Add a query to the history, as one line unless a comment would then hide the rest."""
         lines = text.splitlines() if "--" in text else [" ".join(text.splitlines())]
         if self._readline is not None:
             for line in lines:

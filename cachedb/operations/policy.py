@@ -153,8 +153,8 @@ def _explain_syntax(text: str, source: str, error: ValueError) -> InvalidPolicy:
 def _find_line(text: str, path: tuple[str | int, ...]) -> int:
     """Return the first line of the statement that sets the value at a path.
 
-    It is the first line at which the document, cut off after the statement of that line, has the value. So this needs
-    no grammar of TOML.
+    A document that is cut off after that statement has the value, and one that is cut off before it has not. So this
+    needs no grammar of TOML.
     """
     lines = text.replace("\r\n", "\n").split("\n")
 
