@@ -64,7 +64,7 @@ def find_images_and_digests(
     *,
     ignore_missing: bool = False,
 ) -> list[FoundImage | Digest]:
-    """Return the digests that are given, and the images that `find_images` finds for the other texts.
+    """Return the stored digests among texts, and the images that `find_images` finds for the others.
 
     Raises:
         NotInCache: if an image or a blob is not in the cache.

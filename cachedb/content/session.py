@@ -186,7 +186,7 @@ class Session:
         return file
 
     def new_path(self, digest: Digest | None = None) -> Path:
-        """Return a new path in the folder; its digest tells a later open which blob was published."""
+        """Return a new path in the folder; a digest in it tells a later open what was being published."""
         number = secrets.randbits(_NUMBER_BITS)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
         return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # making a Path is slow, so make only one
@@ -269,7 +269,7 @@ class Session:
             self._expected.update(digests)
 
     def expects(self, digest: Digest) -> bool:
-        """Return whether this session has saved an image that lacked a blob."""
+        """Return whether this session has saved an image that lacked this blob."""
         with self._guard:
             return digest in self._expected
 

@@ -21,7 +21,7 @@ class Access:
 
         Args:
             directory: of the cache.
-            index: the database to open; without it, the directory is never read-only.
+            index: the database to open; if it is missing, the directory is not read-only.
             trust: change the directory even if it belongs to another user.
             search_links: make a directory read-only if its marker or index has hard links elsewhere.
         """
@@ -83,7 +83,7 @@ class Access:
         self._shortage = shortage
 
     def end_shortage(self) -> bool:
-        """Return whether a shortage has ended now; raise its error if it has not."""
+        """End a shortage that is over, and return whether there was one; raise its error if it goes on."""
         if self._shortage is None:
             return False
         if space.find_shortage(self._directory, RESERVE_BYTES):
