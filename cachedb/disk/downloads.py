@@ -149,7 +149,7 @@ def is_stale(name: str, status: os.stat_result, *, age: float = _STALE_SECONDS) 
 
 
 def _list_stale(partial: int, age: float, user: int | None) -> Iterator[tuple[str, Digest]]:
-    """Yield the name and the digest of each partial download of a user, None for all, that is old enough."""
+    """Yield the name and digest of each old partial download of a user; None means all users."""
     for name in os.listdir(partial):
         with suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=partial, follow_symlinks=False)
