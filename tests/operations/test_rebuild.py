@@ -875,7 +875,7 @@ def test_a_new_index_that_still_has_a_wal_is_not_put_in_place(made: Path) -> Non
     new.write_bytes(b"new")
     new.with_name("new.db-wal").write_bytes(b"frames that were not checkpointed")
     before = (made / "index.db").read_bytes()
-    with closing(index), index.alone() as turn, pytest.raises(StorageError, match="not whole"):
+    with closing(index), index.alone() as turn, pytest.raises(StorageError, match="the new index is incomplete"):
         backups.put_in_place(index, turn, new)
     assert (made / "index.db").read_bytes() == before
 
