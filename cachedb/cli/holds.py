@@ -23,6 +23,7 @@ from cachedb.cli.options import (
     output_options,
     quiet_option,
 )
+from cachedb.cli.signals import delaying_signals
 from cachedb.errors import CacheError
 from cachedb.text import format_age, format_size
 
@@ -153,16 +154,20 @@ def produce(name: str, command: tuple[str, ...]) -> None:
             "CACHEDB_PRODUCING": producing + wanted,
         }
         try:
-            process = subprocess.Popen(command, env=environment)  # noqa: S603 - the user's own command
-        except OSError as error:
-            raise click.UsageError(f"cannot run {command[0]!r}: {error.strerror}") from error
-        try:
+            with delaying_signals():  # an interrupt of Popen would leave its command running
+                try:
+                    process = subprocess.Popen(command, env=environment)  # noqa: S603 - the user's own command
+                except OSError as error:
+                    raise click.UsageError(f"cannot run {command[0]!r}: {error.strerror}") from error
             code = process.wait()
         except BaseException:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-            process.kill()
+            if process is not None:
+                try:
+                    process.terminate()
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=10)
+                finally:  # also after a second interrupt
+                    process.kill()
             raise
         if code:
             click.get_current_context().exit(code if code > 0 else 128 - code)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["exit_terminated", "finished", "raise_interrupt", "received_signals"]
+__all__ = ["delaying_signals", "exit_terminated", "finished", "raise_interrupt", "received_signals"]
 
 
 received_signals: list[int] = []
@@ -25,6 +28,22 @@ def raise_interrupt(number: int, _frame: object) -> NoReturn:
     received_signals.append(number)
     _exit_if_finished(130)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def delaying_signals() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM until the end of the block, so that the block ends whole."""
+    delayed: list[int] = []
+    # A signal that is ignored stays so, also for a command that the block starts.
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, lambda number, _frame: delayed.append(number)) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for received in delayed:
+        signal.raise_signal(received)
 
 
 def _exit_if_finished(code: int) -> None:

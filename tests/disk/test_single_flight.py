@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -257,7 +258,13 @@ SLEEP = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 def start_produce(directory: Path, *command: object) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "cachedb", "--dir", directory, "produce", "app:1", "--", sys.executable, *command]
-    return subprocess.Popen([*map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.mark.slow
@@ -290,14 +297,7 @@ def test_the_next_one_takes_over_if_produce_is_killed_in_its_command(directory: 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Signals, code: int) -> None:
-    line = [sys.executable, "-m", "cachedb", "--dir", str(directory), "produce", "app:1", sys.executable, "-c", SLEEP]
-    with subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    with start_produce(directory, "-c", SLEEP) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         command = int(process.stdout.readline())
@@ -306,6 +306,64 @@ def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Si
         assert "Traceback" not in process.stderr.read()
     assert wait_until(lambda: not is_alive(command))
     assert list_claims(directory) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_produce_ends_a_command_that_has_just_begun(
+    directory: Path, number: signal.Signals, code: int
+) -> None:
+    script = f"""
+import os, signal, subprocess, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+begin = subprocess.Popen.__init__
+
+def interrupted(self, *arguments, **options):
+    begin(self, *arguments, **options)
+    print(self.pid, flush=True)
+    os.kill(os.getpid(), {number:d})
+
+subprocess.Popen.__init__ = interrupted
+sys.argv = ["cachedb", "--dir", {str(directory)!r}, "produce", "app:1", "sleep", "600"]
+from cachedb.cli.main import main
+main()
+"""
+    # The command would keep the output open.
+    with (directory.parent / "output").open("w+") as output:
+        done = subprocess.run([sys.executable, "-c", script], stdout=output, timeout=300, check=False)
+        output.seek(0)
+        command = int(output.read())
+    try:
+        assert done.returncode == code
+        assert not is_alive(command)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(command, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_of_produce_kills_its_command(directory: Path) -> None:
+    stubborn = """
+import os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(1)
+"""
+    with start_produce(directory, "-c", stubborn) as process:
+        assert process.stdout is not None
+        command = int(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    try:
+        assert wait_until(lambda: not is_alive(command), 20)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(command, signal.SIGKILL)
 
 
 @pytest.mark.slow
