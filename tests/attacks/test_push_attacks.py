@@ -216,20 +216,36 @@ def test_a_refused_push_does_not_wait_for_unanswered_requests(
         assert time.monotonic() - began < 30
 
 
+PAUSE = answer(503, {"Retry-After": "50"})
+SAY_WHEN_PAUSING = """
+from cachedb.cli.main import main
+from cachedb.transports.registry import client
+
+def say_and_sleep(*arguments, sleep=client._sleep):
+    print("pausing", flush=True)
+    sleep(*arguments)
+
+client._sleep = say_and_sleep
+main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["push", "pull"])
-@pytest.mark.parametrize("do", [change_answer(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
+@pytest.mark.parametrize("do", [change_answer(delay=60), PAUSE], ids=["answer", "pause"])
 def test_an_interrupt_does_not_wait_for_the_registry(
     cache: Cache, directory: Path, remote: Registry, command: str, do: Callable[[Call], Answer]
 ) -> None:
     name = remote.add(make.image(7, 8), "app", "1")
     cache.tag("app:1", f"{remote.host}/app:2")
     remote.fault(do, path="/blobs/", times=99)
-    arguments = [sys.executable, "-m", "cachedb", "--dir", str(directory), command]
+    arguments = [sys.executable, "-c", SAY_WHEN_PAUSING, "--dir", str(directory), command]
     arguments.append(name if command == "pull" else f"{remote.host}/app:2")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert wait_until(lambda: any("/blobs/" in request.path for request in remote.requests))
-        time.sleep(0.2)  # so that the command may have received the answer that makes it pause
+        assert process.stdout is not None
+        if do is PAUSE:
+            assert process.stdout.readline() == "pausing\n"
         process.send_signal(signal.SIGINT)
         try:
             _, stderr = process.communicate(timeout=120)
