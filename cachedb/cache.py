@@ -1630,7 +1630,7 @@ class Cache:
             IncompleteImage: if a blob is not stored.
             DigestMismatch: if a blob's file is damaged; a file is then neither created nor replaced.
             CacheError: if the format cannot hold the image: a ``docker-archive`` holds no artifacts, such as Helm
-                charts. If the options contradict each other.
+                charts. If the options contradict each other, or the destination is a file or folder of the cache.
             InvalidName: if the tag is invalid, or has another digest.
             InvalidManifest: if the manifest of a referrer is invalid.
         """

@@ -182,7 +182,7 @@ def prune(
         _check_purpose(policy, given, quiet=quiet)
         with _naming_lines(cache):
             if dry_run or plan_file is not None:
-                _print_plan(cache.plan_prune(policy, to_free=given.to_free), form, plan_file, quiet=quiet)
+                _print_plan(cache, cache.plan_prune(policy, to_free=given.to_free), form, plan_file, quiet=quiet)
             else:
                 with show_progress("pruning", quiet=quiet) as progress:
                     pruned = cache.prune(policy, to_free=given.to_free, progress=progress)
@@ -292,13 +292,13 @@ def _describe_planned(image: PlannedImage) -> dict[str, Any]:
     return {**image._asdict(), "name": str(image.name)}
 
 
-def _print_plan(plan: Plan, form: str, file: str | None, *, quiet: bool) -> None:
+def _print_plan(cache: Cache, plan: Plan, form: str, file: str | None, *, quiet: bool) -> None:
     images = list(map(_describe_planned, plan.images))
     sums = {"garbage_size": plan.garbage_size, "unmet_size": plan.unmet_size}
     document = {**plan._asdict(), "images": images, **sums}
     summary = f"would prune {_describe_freed(len(images), plan.garbage_size + plan.freed_size)}"
     if file is not None:
-        write_text(file, f"{_format_json(document)}\n")
+        write_text(file, f"{_format_json(document)}\n", outside=cache.directory)
     if file == "-":  # a program reads stdout
         click.echo(summary, err=True)
     elif form == "json":

@@ -334,7 +334,7 @@ def _write_page(file: str) -> None:
         get_stdout()  # fail before the work if stdout is closed
     with open_cache() as cache, _use_idle_priority():
         page = cache.get_html_report()
-    write_text(file, page)
+    write_text(file, page, outside=cache.directory)
 
 
 def _list_reports(form: str, *, header: bool) -> None:

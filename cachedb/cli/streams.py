@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 
 from cachedb.errors import explain
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "closed_streams",
@@ -66,13 +69,20 @@ def read_text(file: str, what: str) -> str:
         raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
-def write_text(file: str, text: str) -> None:
+def write_text(file: str, text: str, *, outside: Path | None = None) -> None:
     """Write a text to a file, atomically; raise a usage error if it cannot be written.
 
     Args:
         file: the path, or ``-`` for stdout. A device or a fifo is written to instead of being replaced.
         text: the text.
+        outside: a cache directory whose own files are refused.
     """
+    if outside is not None and file != "-":
+        from pathlib import Path
+
+        from cachedb.disk.layout import check_destination
+
+        check_destination(outside, Path(file))
     try:
         if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
             _write_atomically(file, text)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from cachedb.arguments import check_paths
 from cachedb.disk.folders import Folders
+from cachedb.disk.marker import MARKER
 from cachedb.errors import (
+    CacheError,
     DamagedIndex,
     InvalidDigest,
     NotACache,
@@ -22,6 +25,7 @@ __all__ = [
     "UNFINISHED_INDEX",
     "blob_file",
     "blob_path",
+    "check_destination",
     "choose_directory",
     "default_directory",
     "has_blobs",
@@ -47,6 +51,31 @@ POLICY_FILE = "policy.toml"
 
 UNFINISHED_INDEX = ".cachedb-copy"
 """The name of the index in a directory that `cachedb copy` has not finished."""
+
+
+_OWN_NAMES = re.compile(
+    "|".join(map(re.escape, ("blobs", "ingest", "trash", "locks", "backups", "quarantine", POLICY_FILE, MARKER)))
+    + r"|index\.db(-wal|-shm|-journal)?|reserve(\.inodes)?"
+)
+"""Matches the names of a cache's own files and folders in its directory."""
+
+
+def check_destination(directory: Path, destination: Path) -> None:
+    """Raise if a file to write is the cache's own, or is in one of its folders, perhaps through a link.
+
+    Args:
+        directory: of the cache.
+        destination: the path of the file to write, or of the folder to write files to.
+
+    Raises:
+        CacheError: if it is.
+    """
+    with os_errors("use the cache directory"):
+        root, path = os.stat(directory), Path(os.path.realpath(destination))
+    for folder, inner in zip(path.parents, (path, *path.parents), strict=False):
+        with suppress(OSError):  # a folder that does not exist or cannot be searched
+            if os.path.samestat(os.stat(folder), root) and _OWN_NAMES.fullmatch(inner.name):
+                raise CacheError(f"{str(destination)!r} belongs to the cache itself: name a path elsewhere")
 
 
 def default_directory() -> Path:

@@ -12,6 +12,7 @@ from cachedb import oci
 from cachedb.content.documents import read_attached, read_closure, read_document
 from cachedb.content.held import hold_images
 from cachedb.content.session import Session
+from cachedb.disk.layout import check_destination
 from cachedb.disk.reader import read_small_blob
 from cachedb.disk.waiting import LOG
 from cachedb.errors import CacheError, InvalidManifest, InvalidName
@@ -53,6 +54,8 @@ def export_archive(
 ) -> list[Name]:
     """Export images, as `Cache.export` does, and return their names."""
     _check_options(format, destination, tag, link=link, referrers=referrers, convert=convert)
+    if isinstance(destination, Path):
+        check_destination(database.directory, destination)
     with hold_images(database, session, *wanted, filters=filters, ignore_missing=ignore_missing) as held:
         if len(held) > 1 and (tag is not None or format == "dir"):
             what = "a tag names one image" if tag is not None else "the format dir holds one image"

@@ -44,8 +44,8 @@ def test_no_two_mutations_have_the_same_name() -> None:
 @pytest.mark.parametrize(
     ("line", "without", "why"),
     [
-        ("no such line", "", "has this line 0 times"),
-        ("import ", "", "has this line . times"),
+        ("no such line", "", "has this line .* times"),
+        ("import ", "", "has this line .* times"),
         ("def blob_path(", "def (", "would not be valid Python"),
         ("return Path(blob_file(", "return Path(no_file(", "would use undefined names: no_file"),
         ("digest = parse_digest(name.", "parse_digest(name.", "would use undefined names: digest"),

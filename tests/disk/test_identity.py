@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
+from cachedb import Cache, CacheError, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
 from cachedb.disk import locks, single_flight, turns
 from cachedb.disk.layout import blob_path
 from cachedb.disk.waiting import Wait
@@ -496,3 +496,47 @@ def test_a_process_that_locks_the_index_exclusively_is_named(cachedb: Run, direc
         done = cachedb("ls", env={**os.environ, "CACHEDB_WAIT": "0.3"})
         assert f"process {outsider.pid} (" in done.stderr
         assert cachedb("ps", env={**os.environ, "CACHEDB_WAIT": "0.3"}).returncode == 0
+
+
+# The user's own output
+
+
+OWN_FILES = ["index.db", "index.db-wal", "cachedb.json", "policy.toml", "reserve", "locks/write.lock", "trash/new"]
+
+
+def read_files(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and "index.db" not in path.name]
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+@pytest.mark.parametrize("way", ["path", "link"])
+def test_an_export_over_the_caches_own_files_is_refused(cache: Cache, tmp_path: Path, name: str, way: str) -> None:
+    save(cache, "app:1", APP)
+    cache.set_policy("")
+    path = cache.directory / name
+    if way == "link":
+        (tmp_path / "link").symlink_to(cache.directory)
+        path = tmp_path / "link" / name
+    before = read_files(cache.directory)
+    for form in ("docker", "oci-dir"):
+        with pytest.raises(CacheError, match="belongs to the cache itself: name a path elsewhere"):
+            cache.export("app:1", path, format=form)
+    assert read_files(cache.directory) == before
+    assert not cache.verify().problems
+
+
+def test_a_report_over_the_caches_own_files_is_refused(cachedb: Run, cache: Cache) -> None:
+    for command in (["report", "--html"], ["prune", "--max-size", "1B", "--plan"]):
+        result = cachedb(*command, str(cache.directory / "index.db"))
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "belongs to the cache itself" in result.stderr
+    assert not cache.verify().problems
+
+
+def test_an_export_beside_the_caches_own_files_is_possible(cache: Cache) -> None:
+    save(cache, "app:1", APP)
+    (cache.directory / "exports" / "locks").mkdir(parents=True)
+    for name in ("app.tar", "exports/locks/app.tar", "exports/index.db"):
+        cache.export("app:1", cache.directory / name)
+        assert (cache.directory / name).is_file()
