@@ -104,7 +104,7 @@ def no_fork() -> Iterator[None]:
             _unforked[thread] -= 1
             with _changed:
                 if not _unforked[thread]:
-                    del _unforked[thread]
+                    _unforked.pop(thread, None)  # a signal handler may have removed it
                 _changed.notify_all()
 
 
@@ -141,7 +141,7 @@ def _prepare_fork() -> None:
             closable.close()
     _unforked[thread] -= 1
     if not _unforked[thread]:
-        del _unforked[thread]
+        _unforked.pop(thread, None)
     _guard.acquire()  # last, because a thread in a `no_fork` block may wait for it
     if raised:
         raise raised

@@ -671,6 +671,7 @@ MUTATIONS = [
     Mutation("a second interrupt kills the command", "cachedb/cli/holds.py", "                    process.kill()\n", "                    pass\n", "tests/disk/test_single_flight.py -k second_interrupt"),
     Mutation("an export replaces no file of the cache", "cachedb/operations/export_archive.py", "        check_destination(database.directory, destination)\n", "        pass\n", "tests/disk/test_identity.py -k own_files"),
     Mutation("a page or plan replaces no file of the cache", "cachedb/cli/streams.py", "        check_destination(outside, Path(file))\n", "        pass\n", "tests/disk/test_identity.py -k own_files"),
+    Mutation("a signal handler may use a no_fork block in another", "cachedb/disk/forks.py", "                    _unforked.pop(thread, None)  #", "                    del _unforked[thread]  #", "tests/disk/test_forks.py -k any_moment"),
     Mutation("a claim is not released while its progress is noted", "cachedb/disk/single_flight.py", "    with no_fork(), _guard:  # a file", "    with no_fork():  # a file", "tests/disk/test_single_flight.py -k noted_progress"),
     Mutation("progress is not noted while its claim is released", "cachedb/disk/single_flight.py", "    with no_fork(), _guard:\n", "    with no_fork():\n", "tests/disk/test_single_flight.py -k noted_progress"),
     Mutation("failed work reports the first error", "cachedb/disk/single_flight.py", "        with ignore_os_errors():  # the next open removes it\n", "        if True:\n", "tests/attacks/test_second_failures.py -k work"),

@@ -6,11 +6,14 @@ import fcntl
 import io
 import os
 import sqlite3
+import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -551,3 +554,28 @@ def test_a_child_forked_during_a_download_does_not_release_its_lock(tmp_path: Pa
         tmp_path / "part",
     )
     assert output == "True\n"
+
+
+def test_a_signal_handler_may_use_a_no_fork_block_at_any_moment_of_another() -> None:
+    moment = instructions = 0
+
+    def handle(frame: FrameType, _event: str, _argument: object) -> Any:
+        nonlocal instructions
+        frame.f_trace_opcodes = True
+        instructions += 1
+        if instructions == moment:
+            with forks.no_fork():
+                pass
+        return handle
+
+    before = sys.gettrace()
+    while instructions >= moment:
+        moment, instructions = moment + 1, 0
+        sys.settrace(handle)
+        try:
+            with forks.no_fork():
+                pass
+        finally:
+            sys.settrace(before)
+        assert not forks._unforked
+    assert moment > 50
