@@ -59,6 +59,12 @@ def core(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS)
+def slow(session: nox.Session) -> None:
+    """Run the tests that are not fast."""
+    run_pytest(session, "-m", "slow or attack")
+
+
+@nox.session(python=PYTHONS)
 def full(session: nox.Session) -> None:
     """Run all tests."""
     run_pytest(session)
