@@ -6,6 +6,7 @@ is repaired, swept or collected. Its id distinguishes the cache from another one
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -88,7 +89,10 @@ def read(folder: int | Path) -> Marker | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise NotACache(f"{MARKER!r} in the cache directory cannot be opened: {error.strerror}") from error
+        advice = ""
+        if error.errno == errno.EACCES:
+            advice = ": its owner can run `chmod -R a+rX` on the directory, or `cachedb init --shared`"
+        raise NotACache(f"{MARKER!r} in the cache directory cannot be opened: {error.strerror}{advice}") from error
     try:
         with suppress(OSError):  # raised if it is a folder
             return _parse(os.read(file, _MAX_BYTES))

@@ -357,6 +357,24 @@ def test_a_marker_that_is_no_regular_file_is_refused(directory: Path, elsewhere:
         Cache.open(directory)
 
 
+def test_a_marker_that_only_its_owner_can_read_is_an_error_with_advice(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cache.open(directory).close()
+    open_file = os.open
+
+    def refuse(path: object, *arguments: object, **options: object) -> int:
+        if os.path.basename(str(path)) == "cachedb.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        NotACache, match=r"denied: its owner can run `chmod -R a\+rX` on the directory, or `"
+    ):
+        Cache.open(directory)
+
+
 def test_a_cache_can_be_made_beside_an_unfinished_marker(directory: Path) -> None:
     directory.mkdir()
     (directory / f".cachedb-{'0' * 16}.marker").touch()
