@@ -369,9 +369,7 @@ def test_a_marker_that_only_its_owner_can_read_is_an_error_with_advice(
         return open_file(path, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(
-        NotACache, match=r"denied: its owner can run `chmod -R a\+rX` on the directory, or `"
-    ):
+    with pytest.raises(NotACache, match=r"denied: its owner can run `chmod -R a\+rX` on the directory, or `"):
         Cache.open(directory)
 
 

@@ -73,7 +73,7 @@ class Download:
         self.resumed = offset
         """The bytes that were not downloaded again; 0 if the registry ignored the offset."""
         self._has_begun, self._url = False, url
-        self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
+        self._failed, self._minute = 0, _Minute()
         self._opened: float | None = None  # when the last request was sent; None after the first byte of its body
         self._sender = repository.place.url  # the URL that answered
         self._decodes = False  # whether the body is encoded
@@ -125,31 +125,33 @@ class Download:
         # Some stores declare a compressed blob as an encoded body. Then the length is the blob's size.
         has_size = self._response.headers.get("Content-Length") == str(self._size)
         self._decodes = self._response.status == 200 and is_encoded(self._response) and not has_size
-        while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
-            data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=self._decodes)
+        if begins < self._at:
+            self._skip(self._response, self._at - begins)
+
+    def _skip(self, response: urllib3.BaseHTTPResponse, count: int) -> None:
+        """Skip the bytes that we have, because the registry ignores ranges."""
+        minute = None
+        while count:
+            data = response.read1(min(CHUNK_BYTES, count), decode_content=self._decodes)
             if not data:
                 raise HTTPError("the response ended too early")
-            begins += len(data)
-            self._since = time.monotonic()  # skipping is not a stall
+            count -= len(data)
             self._report_speed(len(data))
+            minute = minute or _Minute()  # it begins at the first byte
+            minute.add(len(data))
 
     def _note_begin(self) -> None:
         """Do not count a long wait for the first byte, when the registry may fetch the blob itself."""
         if self._opened is not None:
             waited, self._opened = time.monotonic() - self._opened, None
             if waited > _SHORT_WAIT_SECONDS:
-                self._since += waited
+                self._minute.since += waited
 
     def _check_speed(self, count: int) -> None:
         """Count received bytes; raise if a minute brings too few, and reset the failures if enough came."""
         self._report_speed(count)
-        self._received += count
-        now = time.monotonic()
-        if self._received > _MIN_BYTES_PER_SECOND * _MINUTE:
-            self._failed, self._since, self._received = 0, now, 0
-        elif now - self._since > _MINUTE:
-            self._since, self._received = now, 0
-            raise HTTPError(f"it is slower than {_MIN_BYTES_PER_SECOND} bytes per second")
+        if self._minute.add(count):
+            self._failed = 0
 
     def _report_speed(self, count: int) -> None:
         """Call `look` every few seconds."""
@@ -159,3 +161,26 @@ class Download:
             is_fast = self._since_look >= _MIN_BYTES_PER_SECOND * (now - self._looked)
             self._looked, self._since_look = now, 0
             self._look(is_fast)
+
+
+class _Minute:
+    """The bytes that came in a minute."""
+
+    def __init__(self) -> None:
+        self.since, self._received = time.monotonic(), 0
+
+    def add(self, count: int) -> bool:
+        """Count bytes, and return whether they are now enough for a minute; then the next minute begins.
+
+        Raises:
+            HTTPError: if the minute is over and brought too few.
+        """
+        self._received += count
+        now = time.monotonic()
+        if self._received > _MIN_BYTES_PER_SECOND * _MINUTE:
+            self.since, self._received = now, 0
+            return True
+        if now - self.since > _MINUTE:
+            self.since, self._received = now, 0
+            raise HTTPError(f"it is slower than {_MIN_BYTES_PER_SECOND} bytes per second")
+        return False

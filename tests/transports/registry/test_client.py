@@ -46,6 +46,7 @@ class SlowRepository:
     def __init__(self, clock: Clock, data: bytes, piece: int, cut: int | None = None) -> None:
         self._clock, self._data, self._piece, self._cut = clock, data, piece, cut
         self.requests = self.pauses = 0
+        self.first_wait = 0  # seconds until the first piece of a response
 
     def open_blob(self, digest: Digest, size: int, offset: int, url: str | None) -> tuple[Any, int]:
         self.requests += 1
@@ -55,7 +56,7 @@ class SlowRepository:
             nonlocal at, pieces
             if pieces == self._cut:
                 return b""
-            self._clock.now += 1
+            self._clock.now += 1 if pieces else 1 + self.first_wait
             pieces += 1
             start, at = at, min(at + min(self._piece, size), len(self._data))
             return self._data[start:at]
@@ -144,18 +145,27 @@ def test_an_often_interrupted_download_continues_if_its_tries_bring_enough_for_a
     assert remote.requests == client.TRIES
 
 
-def test_bytes_that_a_registry_without_ranges_sends_again_are_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("piece", "succeeds"), [(1025, True), (1000, False)])
+def test_bytes_that_a_registry_without_ranges_sends_again_are_a_stall_only_if_they_are_too_slow(
+    monkeypatch: pytest.MonkeyPatch, piece: int, succeeds: bool
+) -> None:
     data = make.random_bytes(1024 * 60 * 10, 1)
-    remote = SlowRepository(Clock(monkeypatch), data, 1024, cut=400)
+    remote = SlowRepository(Clock(monkeypatch), data, 1025, cut=400)
     open_blob = remote.open_blob
 
     def open_from_beginning(digest: Digest, size: int, offset: int, url: str | None) -> tuple[Any, int]:
-        remote._cut = 400 if remote.requests == 0 else None
+        if remote.requests:
+            remote._cut, remote._piece, remote.first_wait = None, piece, 300
         return open_blob(digest, size, 0, url)
 
     monkeypatch.setattr(remote, "open_blob", open_from_beginning)
-    assert read_slowly(remote, data) == data
-    assert remote.requests == 2
+    if succeeds:
+        assert read_slowly(remote, data) == data
+        assert remote.requests == 2
+        return
+    with pytest.raises(RegistryUnavailable, match="slower than 1024 bytes per second"):
+        read_slowly(remote, data)
+    assert remote.requests == client.TRIES
 
 
 # Tokens
