@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
-from cachedb.disk import locks, single_flight, turns
+from cachedb.disk import locks, marker, single_flight, turns
 from cachedb.disk.layout import blob_path
 from cachedb.disk.waiting import Wait
 from cachedb.index.sqlite import backups
@@ -376,15 +376,17 @@ def test_a_marker_that_another_process_is_finishing_is_no_copy(
     Cache.open(directory).close()
     second = directory / f".cachedb-{'0' * 16}.marker"
     os.link(directory / "cachedb.json", second)
-    real = os.scandir
+    listed = []
 
-    def scan(folder: int) -> object:
+    def list_later(folder: int) -> list[str]:
+        listed.append(second.exists())
         second.unlink(missing_ok=True)  # after its links were counted, and before its names are
-        return real(folder)
+        return os.listdir(folder)
 
-    monkeypatch.setattr("cachedb.disk.marker.os.scandir", scan)
+    monkeypatch.setattr(marker, "list_names", list_later)
     with Cache.open(directory) as cache:
         cache.add_blob(b"")
+    assert listed[0]
 
 
 def test_a_second_link_left_by_a_killed_marker_writer_is_no_copy(directory: Path) -> None:

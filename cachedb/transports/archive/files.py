@@ -198,7 +198,7 @@ class Tar:
         ``tar -cf app.tar layout/`` makes such an archive.
         """
         names = self._files.keys() | self._links.keys()
-        folder = next(iter(names), "").partition("/")[0]
+        folder = min(names, default="").partition("/")[0]
         if {f"{folder}/oci-layout", f"{folder}/index.json"} <= names and all(
             name.startswith(f"{folder}/") for name in names
         ):
