@@ -299,7 +299,7 @@ def _copy_blobs(
 def _copy_blob(source: str, target: str, digest: Digest, size: int, can_clone: bool, advance: Advance) -> str:
     """Copy a blob; return how: as a ``reflink``, a ``hard link`` or a verified ``copy``."""
     try:
-        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = open_regular(source, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise StorageError(f"the file of {digest} is missing: {_ADVICE}") from None
     with open(file, "rb", buffering=0) as opened:

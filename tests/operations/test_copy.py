@@ -759,3 +759,13 @@ def test_a_copy_whose_index_lacks_entries_is_refused(directory: Path, target: Pa
     for _ in range(2):
         with pytest.raises(DamagedIndex, match=r"is a damaged copy of a cache \(.*ix_image_blobs_blob_id"):
             Cache.open(target)
+
+
+def test_a_pipe_in_the_place_of_a_blob_is_an_error(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    path = next((cache.directory / "blobs" / "sha256").iterdir())
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="it is not a regular file"):
+        cache.copy(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
