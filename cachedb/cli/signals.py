@@ -12,6 +12,8 @@ from typing import NoReturn
 __all__ = ["delaying_signals", "exit_terminated", "finished", "raise_interrupt", "received_signals"]
 
 
+_PATIENCE_SIGNALS = 2  # signals that let a command clean up
+
 received_signals: list[int] = []
 finished: list[bool] = []  # not empty once the command has finished
 
@@ -47,6 +49,9 @@ def delaying_signals() -> Iterator[None]:
 
 
 def _exit_if_finished(code: int) -> None:
-    """Exit at once if the command has finished, because an exception would only print a traceback."""
-    if finished:
+    """Exit at once if the command has finished, because an exception would only print a traceback.
+
+    The third signal has the same effect: the command may wait for a thread that is stuck.
+    """
+    if finished or len(received_signals) > _PATIENCE_SIGNALS:
         os._exit(code)

@@ -466,3 +466,36 @@ def test_an_interrupt_before_the_command_begins_is_an_error_of_one_line(moment: 
     command = [sys.executable, "-c", textwrap.dedent(script), moment]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "cachedb: interrupted\n")
+
+
+@pytest.mark.slow
+def test_a_third_signal_ends_a_command_whose_thread_is_stuck(directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        make.save(cache, "app:1", make.image(1))
+    script = """
+import signal, threading
+from cachedb.cli.main import main
+from cachedb.operations import copy
+
+def wait_for_ever(*_):
+    print("stuck", flush=True)
+    threading.Event().wait()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+copy._copy_blob = wait_for_ever
+main()
+"""
+    command = [sys.executable, "-c", script, "--dir", str(directory), "copy", str(tmp_path / "copy")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "stuck\n"
+
+            def interrupt() -> bool:
+                process.send_signal(signal.SIGINT)
+                return process.poll() is not None
+
+            assert wait_until(interrupt, 60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
