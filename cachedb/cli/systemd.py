@@ -104,12 +104,17 @@ def _check_ours(path: Path) -> None:
     """Raise if a file is there that `cachedb systemd install` has not written."""
     with os_errors("read a unit of systemd"):
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with open(path, encoding="utf-8", errors="replace", opener=_open_without_waiting) as file:
                 is_ours = file.readline().startswith(_MARK)
         except FileNotFoundError:
             is_ours = not path.is_symlink()
     if not is_ours:
         raise CacheError(f"{str(path)!r} was not written by cachedb: remove it, or edit it yourself")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe would otherwise wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _render(directory: Path, *, is_system: bool) -> dict[str, str]:

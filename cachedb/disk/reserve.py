@@ -120,7 +120,8 @@ class Reserve:
             with suppress(CacheError), ignore_os_errors():
                 freed = downloads.remove_stale_downloads(self._open_folders(), age=0, user=user)
             with ignore_os_errors():
-                freed = _unlink("reserve", self._open_folders().root, user) or freed
+                folders = self._open_folders()  # keeps its descriptor open
+                freed = _unlink("reserve", folders.root, user) or freed
             if freed:
                 return (again or work)()
             raise

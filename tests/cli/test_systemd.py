@@ -154,13 +154,15 @@ def test_a_failure_of_systemctl_is_an_error(
 
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])
-@pytest.mark.parametrize("kind", ["file", "link"])
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
 def test_files_of_others_stay(run: Callable[..., None], folder: Path, command: str, kind: str) -> None:
     folder.mkdir(parents=True)
     if kind == "file":
         (folder / TIMER).write_text("[Timer]\n")
-    else:
+    elif kind == "link":
         (folder / TIMER).symlink_to("/dev/null")
+    else:
+        os.mkfifo(folder / TIMER)
     with pytest.raises(CacheError, match="was not written by cachedb"):
         run(command, "--user")
     assert [path.name for path in folder.iterdir()] == [TIMER]
