@@ -1022,6 +1022,18 @@ def test_skipped_mirrors_are_asked_if_the_registry_is_unavailable(
         assert not list(cache.directory.glob("locks/*.failed"))
 
 
+def test_an_unavailable_registry_is_the_error_though_a_mirror_has_other_content(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry() as mirror:
+        mirror.add(FIRST, "app", "1")
+        mirror.fault(corrupt_body(), path="/manifests/", times=99)
+        remote.fault(answer(503), times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        with pytest.raises(RegistryUnavailable, match=remote.host):
+            cache.pull(f"{remote.host}/app@{FIRST.digest}")
+
+
 def write_login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
     auth = {"username": user, "password": password}
     path.write_text(json.dumps({"auths": {host: auth}}))
