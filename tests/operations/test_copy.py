@@ -339,7 +339,7 @@ def test_a_missing_or_short_file_fails_the_copy(cache: Cache, target: Path) -> N
     with pytest.raises(StorageError, match=r"is missing: run `cachedb verify --repair` and copy again$"):
         cache.copy(target)
     blob_path(cache.directory, made.config).symlink_to("/etc/hostname")
-    with pytest.raises(StorageError, match="symbolic links"):
+    with pytest.raises(StorageError, match="symbolic link"):
         cache.copy(target)
     assert not target.exists()
     assert snapshot(cache.directory)["leases"] == []
