@@ -218,11 +218,12 @@ def test_a_refused_push_does_not_wait_for_unanswered_requests(
 
 PAUSE = answer(503, {"Retry-After": "50"})
 SAY_WHEN_PAUSING = """
+import os
 from cachedb.cli.main import main
 from cachedb.transports.registry import client
 
 def say_and_sleep(*arguments, sleep=client._sleep):
-    print("pausing", flush=True)
+    os.write(1, b"pausing\\n")  # at once: several threads may pause
     sleep(*arguments)
 
 client._sleep = say_and_sleep
