@@ -35,7 +35,7 @@ SAVE_AGAIN: Final = "save or download the archive again"
 """What to do about a damaged archive."""
 _HEADER_LIMIT = 1024 * 1024  # bytes of one extended header
 _HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes of all extended headers
-_NOT_A_TAR = "the archive is not a tar: give one of `docker save`, an OCI archive, or an image layout folder"
+_NOT_A_TAR = "the archive is not a tar: give the output of `docker save`, an OCI archive, or an image layout folder"
 
 
 class Member(NamedTuple):
