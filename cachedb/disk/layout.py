@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachedb.arguments import check_paths
-from cachedb.disk.folders import Folders
+from cachedb.disk.folders import FOLDERS, Folders
 from cachedb.disk.marker import MARKER
 from cachedb.errors import (
     CacheError,
@@ -54,7 +54,7 @@ UNFINISHED_INDEX = ".cachedb-copy"
 
 
 _OWN_NAMES = re.compile(
-    "|".join(map(re.escape, ("blobs", "ingest", "trash", "locks", "backups", "quarantine", POLICY_FILE, MARKER)))
+    "|".join(map(re.escape, (*FOLDERS, "quarantine", POLICY_FILE, MARKER)))
     + r"|index\.db(-wal|-shm|-journal)?|reserve(\.inodes)?"
 )
 """Matches the names of a cache's own files and folders in its directory."""
