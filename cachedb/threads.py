@@ -204,12 +204,10 @@ def in_threads(
                 done[number] = work(item, report)
 
         try:
-            is_started = False
-            for _ in range(count):
-                if not group.start(run):
-                    break
-                is_started = True
-            if not is_started:
+            started = 0
+            while started < count and group.start(run):
+                started += 1
+            if not started:
                 run()
             group.wait()
         except BaseException:

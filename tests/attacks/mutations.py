@@ -187,7 +187,7 @@ MUTATIONS = [
     Mutation("sharing changes the files of a cache too", "cachedb/operations/share.py", "                _set_group_and_mode(file, gid, _FILE_MODE)\n", "                pass\n", "tests/operations/test_share.py"),
     Mutation("a new directory has mode 0700 whatever the umask", "cachedb/index/sqlite/prepare.py", "            database.directory.chmod(0o700)  # whatever the umask\n", "", "tests/operations/test_share.py"),
     # Exit, signals, re-entry, unfinished files, closing, standard streams
-    Mutation("work is done in the caller if no thread can be started", "cachedb/threads.py", "            if not is_started:\n                run()\n", "", "tests/test_exit.py"),
+    Mutation("work is done in the caller if no thread can be started", "cachedb/threads.py", "            if not started:\n                run()\n", "", "tests/test_exit.py"),
     Mutation("a thread that cannot be started is no error", "cachedb/threads.py", "    except RuntimeError:\n        return False\n", "    except ZeroDivisionError:\n        return False\n", "tests/test_exit.py"),
     Mutation("files are unlinked if no thread can be started", "cachedb/content/collect.py", "                unlink(share)\n", "                pass\n", "tests/test_exit.py"),
     Mutation("a write inside a write is refused", "cachedb/reentry.py", "    if is_held(lock):\n", "    if False:\n", "tests/test_reentry.py -k same_thread"),
