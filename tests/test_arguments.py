@@ -63,6 +63,7 @@ FLAGS = {
     "foreign_layers",
     "plain_http",
     "tls_verify",
+    "verify",
 }
 
 

@@ -17,6 +17,7 @@ from tests.support import make
 
 MADE = make.image(1)
 CLOSED = "this cache is closed: open it again with Cache.open"
+# Nobody can create a file below /dev/null, not even root.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "save_blob": (MADE.digest, MADE.manifest),
     "add_blob": (b"data",),
@@ -31,15 +32,15 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "tag": ("app:1", "app:2"),
     "sql": ("SELECT 1",),
     "run_report": ("garbage",),
-    "adopt": ("/nowhere",),
-    "copy": ("/nowhere/copy",),
+    "adopt": ("/dev/null/cache",),
+    "copy": ("/dev/null/copy",),
     "pull": ("localhost:1/app:1",),
     "push": ("app:1", "localhost:1/app:1"),
     "push_tags": ("app", "localhost:1/app"),
     "list_remote_tags": ("localhost:1/app",),
     **dict.fromkeys(["plan_pull", "get_remote_digest", "inspect_remote"], ("localhost:1/app:1",)),
     "cache_from_tar": ("/dev/null",),
-    "export": ("app:1", "/nowhere/out"),
+    "export": ("app:1", "/dev/null/out"),
     "list_blobs": (),
     "list_holds": (),
     "get_blob_details": (MADE.digest,),
