@@ -13,6 +13,9 @@ import struct
 
 __all__ = ["find_first_locked", "lock_byte", "lock_bytes"]
 
+# The module fcntl lacks these numbers if Python was built with an old C library, as the Pythons that uv installs are.
+_F_OFD_GETLK = 36
+_F_OFD_SETLK = 37
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock on Linux: type, whence, start, length, pid
 
 
@@ -28,7 +31,7 @@ def lock_bytes(file: int, kind: int, first: int, size: int) -> None:
     Raises:
         OSError: if another open file has locked one of the bytes, or such locks are not supported.
     """
-    fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, first, size, 0))
+    fcntl.fcntl(file, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, first, size, 0))
 
 
 def lock_byte(file: int, place: int) -> bool:
@@ -52,7 +55,7 @@ def find_first_locked(file: int, first: int, last: int) -> int | None:
     while first <= last:
         try:
             asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, last - first + 1, 0)
-            kind, _, start, _, _ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))
+            kind, _, start, _, _ = _FLOCK.unpack(fcntl.fcntl(file, _F_OFD_GETLK, asked))
         except OSError:
             return first
         if kind == fcntl.F_UNLCK:

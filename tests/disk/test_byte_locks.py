@@ -42,6 +42,16 @@ def test_the_lowest_byte_that_another_file_locks_is_found(files: list[int]) -> N
     assert find_first_locked(files[0], 4, 9) is None, "its own lock was found"
 
 
+def test_bytes_are_locked_by_a_python_without_the_numbers_of_such_locks(
+    files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("F_OFD_GETLK", "F_OFD_SETLK", "F_OFD_SETLKW"):
+        monkeypatch.delattr(fcntl, name, raising=False)
+    assert lock_byte(files[0], 5)
+    assert not lock_byte(files[1], 5)
+    assert find_first_locked(files[1], 1, 9) == 5
+
+
 def test_on_a_kernel_without_byte_locks_every_lock_succeeds(files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import cachedb
 from tests.support import new_index
+from tests.support.processes import open_process
 
 SUPPORTED: Final = {"text", "capture_output", "timeout", "input", "env", "cwd", "stdin"}
 """The options of `subprocess.run` that the server supports."""
@@ -147,7 +148,7 @@ def serve(path: str) -> NoReturn:
                     os._exit(0)
                 elif key.fileobj is listening:
                     started = _start_command(listening.accept()[0])
-                    selector.register(os.pidfd_open(started.pid), selectors.EVENT_READ, started)
+                    selector.register(open_process(started.pid), selectors.EVENT_READ, started)
                 else:
                     selector.unregister(key.fileobj)
                     os.close(key.fd)

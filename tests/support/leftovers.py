@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from tests.support.processes import is_alive
+from tests.support.processes import is_alive, open_process
 
 MARK = "CACHEDB_TEST_RUNS"
 """The environment variable with the marks of the runs that a process belongs to, separated by colons."""
@@ -82,7 +82,7 @@ def main() -> None:
     """Wait for the end of a run and kill the processes that it has left."""
     run, mark, pipe = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     with suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(run)
+        descriptor = open_process(run)
         if os.getppid() == run:  # otherwise the run has ended, and its ID may belong to another process
             select.select([descriptor], [], [])
     end, quiet = time.monotonic() + LIMIT_SECONDS, 0

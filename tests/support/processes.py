@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
+_PIDFD_OPEN = 434  # the number of the system call; os.pidfd_open is missing from the Pythons that uv installs
 _STATE, _TIMES = 0, slice(11, 13)  # proc(5) counts from the ID: these are its fields 3, and 14 and 15
 
 
@@ -19,6 +21,18 @@ def read_state(process: int) -> str:
 def is_alive(process: int) -> bool:
     """Return whether a process has not ended; a zombie, which its parent may reap late, has ended."""
     return read_state(process) not in ("Z", "X")
+
+
+def open_process(process: int) -> int:
+    """Return a descriptor that becomes readable when a process ends.
+
+    Raises:
+        ProcessLookupError: if it has ended.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if (descriptor := library.syscall(_PIDFD_OPEN, process, 0)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(descriptor)
 
 
 def cpu_seconds(process: int) -> float:
