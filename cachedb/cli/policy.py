@@ -13,6 +13,7 @@ from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import format_examples
 from cachedb.cli.output import print_json
 from cachedb.cli.streams import read_text
+from cachedb.disk.existence import exists
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.errors import CacheError, InvalidPolicy, NotInCache
 from cachedb.text import format_count
@@ -71,7 +72,7 @@ def policy_show(form: str) -> None:
     if form == "json":
         print_json(_describe_policy(found, int(RECENT_SECONDS) if found.keeps_recent else None))
         return
-    if (directory / POLICY_FILE).exists():
+    if exists(directory / POLICY_FILE):
         click.echo(f"# {directory / POLICY_FILE}")
     else:
         click.echo(f"# there is no {POLICY_FILE}: `cachedb policy edit` writes one")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from cachedb import space
+from cachedb.disk.existence import exists
 from cachedb.disk.folders import Folders, find_links
 from cachedb.disk.reserve import RESERVE_BYTES
 from cachedb.errors import CacheReplaced, NotOurs, StorageError, os_errors
@@ -31,7 +32,7 @@ class Access:
         self.replaced: CacheReplaced | None = None
         """Why the cache must be opened again, because it was replaced."""
         with os_errors("use the cache directory"):
-            self.is_writable = os.access(directory, os.W_OK) or not index.exists()
+            self.is_writable = os.access(directory, os.W_OK) or not exists(index)
             self._refusal = find_links(directory) if search_links and self.is_writable else None
 
     @property

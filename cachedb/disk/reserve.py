@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from cachedb import space
 from cachedb.disk import downloads
+from cachedb.disk.existence import exists
 from cachedb.disk.folders import Folders
 from cachedb.errors import CacheError, StorageError, ignore_os_errors
 
@@ -77,7 +78,7 @@ class Reserve:
     def _keep_bytes(self) -> None:
         path = self._directory / "reserve"
         with ignore_os_errors():
-            if path.exists() and path.stat().st_size >= RESERVE_BYTES:
+            if exists(path) and path.stat().st_size >= RESERVE_BYTES:
                 return
             descriptor = self._open_folders().make_file("reserve")
             try:

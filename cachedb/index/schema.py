@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
+from cachedb.disk.existence import exists
 from cachedb.disk.layout import choose_directory, has_blobs
 from cachedb.errors import (
     CacheError,
@@ -205,7 +206,7 @@ def check_existing(directory: Path) -> Database:
     """
     database = Database(choose_directory(directory))
     try:
-        has_index = database.path.exists() and database.path.stat().st_size
+        has_index = exists(database.path) and database.path.stat().st_size
         # Change nothing in a directory that is not a cache.
         if not has_index or not database.reserve.run(lambda: prepare(database)):
             raise _find_loss_error(database) or no_cache_error(database.directory)
@@ -217,7 +218,7 @@ def check_existing(directory: Path) -> Database:
 
 def _find_loss_error(database: Database) -> CacheError | None:
     """Return the error for a cache whose index or schema is lost; None if there is no cache yet."""
-    if database.path.exists() and database.path.stat().st_size:
+    if exists(database.path) and database.path.stat().st_size:
         with database.look() as connection:
             if not is_empty(connection):
                 return schema_error(database.directory, None)

@@ -23,6 +23,7 @@ from cachedb.content import publish
 from cachedb.content.session import Hold, Session
 from cachedb.disk import layout, locks, writer
 from cachedb.disk.durable import clone_content, copy_to_new, sync_file, sync_folder
+from cachedb.disk.existence import exists
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import BLOB_FOLDERS
 from cachedb.disk.layout import POLICY_FILE, UNFINISHED_INDEX, blob_file
@@ -106,7 +107,7 @@ def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
         raise NotACache(f"{str(directory)!r} is inside the cache: name a directory elsewhere")
     if reason := explain_shared(directory):
         raise StorageError(reason)
-    new_folders = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    new_folders = [folder for folder in (directory, *directory.parents) if not exists(folder)]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in new_folders:
         sync_folder(folder.parent)
@@ -119,7 +120,7 @@ def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
         try:
             _check_destination(directory)  # again: another process may have finished meanwhile
         except NotACache:
-            if (directory / "index.db").exists():
+            if exists(directory / "index.db"):
                 staged.unlink()
             raise
         try:
@@ -130,7 +131,7 @@ def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
             yield staged
         except BaseException:
             with suppress(OSError, CacheError):
-                if staged.exists():  # else the copy is complete, and only a sync failed
+                if exists(staged):  # else the copy is complete, and only a sync failed
                     _delete_leftovers(directory)
                     staged.unlink()
                     for folder in new_folders:
@@ -181,7 +182,7 @@ def _delete_leftovers(directory: Path) -> None:
     for suffix in _SUFFIXES:
         (directory / f"{UNFINISHED_INDEX}-{suffix}").unlink(missing_ok=True)
     (directory / POLICY_FILE).unlink(missing_ok=True)
-    if (directory / "blobs").exists():
+    if exists(directory / "blobs"):
         found, strays = layout.list_blob_files(directory)
         if strays:
             raise NotACache(f"{str(strays[0])!r} is not a blob: name a new or empty directory")
@@ -254,7 +255,7 @@ def _clean_index(copied: Database) -> tuple[dict[Digest, int], int]:
             image_count = connection.execute(select(func.count()).select_from(IMAGES)).scalar_one()
     finally:
         copied.close()
-    if copied.path.with_name(f"{UNFINISHED_INDEX}-wal").exists():
+    if exists(copied.path.with_name(f"{UNFINISHED_INDEX}-wal")):
         raise StorageError(f"{str(copied.path)!r} is in use by another program: close it and copy again")
     sync_file(copied.path)
     return wanted, image_count

@@ -13,6 +13,7 @@ from cachedb import oci
 from cachedb.content import publish
 from cachedb.content.save import attach_referrers, find_stored_part, save_image
 from cachedb.content.session import Hold, Session
+from cachedb.disk.existence import exists
 from cachedb.disk.writer import Received
 from cachedb.errors import CacheError, NameInUse, os_errors
 from cachedb.index import images
@@ -44,7 +45,7 @@ def import_archive(
     progress: Progress | None,
 ) -> list[ImportedImage]:
     """Import the images of an archive, as `Cache.cache_from_tar` does."""
-    if link and not (isinstance(source, Path) and (source.is_dir() or not source.exists())):
+    if link and not (isinstance(source, Path) and (source.is_dir() or not exists(source))):
         raise CacheError("only an image layout folder can be imported with links: import an archive without them")
     if wanted.name is not None and wanted.repository is not None:
         raise CacheError("a name and a repository were given: give one of them")

@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from cachedb.content import save
 from cachedb.disk import layout, reader
+from cachedb.disk.existence import exists
 from cachedb.errors import (
     CacheError,
     InvalidManifest,
@@ -88,7 +89,7 @@ def _collect_salvage(database: Database) -> tuple[Salvage, list[str]]:
     """Return the readable content of the index; if images are lost, add that of the newest usable backup."""
     found = _read_index(database)
     notes = []
-    if database.path.exists():
+    if exists(database.path):
         notes = [f"some {what} may be lost: not all of them could be read from the index" for what in found.losses]
     if found.has_all_images:
         return found, notes

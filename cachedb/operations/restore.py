@@ -12,6 +12,7 @@ from cachedb.content import save
 from cachedb.content.session import Session
 from cachedb.disk import layout, writer
 from cachedb.disk.durable import copy_to_new
+from cachedb.disk.existence import exists
 from cachedb.disk.folders import FOLDERS, Folders
 from cachedb.disk.layout import choose_directory
 from cachedb.errors import (
@@ -71,7 +72,7 @@ def _restore(database: Database, file: Path) -> Restored:
     with os_errors("read the backup"):
         if not file.is_file():
             raise NotInCache(f"there is no backup {str(file)!r}: name a file in the folder backups/ of the cache")
-        if database.path.exists() and file.samefile(database.path):
+        if exists(database.path) and file.samefile(database.path):
             raise NotACache(f"{str(file)!r} is the index itself: name a backup")
     session = Session(database)
     try:

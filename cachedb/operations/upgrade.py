@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from cachedb.arguments import check_functions
 from cachedb.content import describe
 from cachedb.disk import single_flight
+from cachedb.disk.existence import exists
 from cachedb.errors import (
     CacheError,
     StorageError,
@@ -176,7 +177,7 @@ def _check_place(directory: Path, file: Path) -> None:
         with suppress(FileNotFoundError):
             file.lstat()
             raise CacheError(f"{str(file)!r} already exists: name another file")
-        if not file.parent.exists():
+        if not exists(file.parent):
             raise CacheError(f"there is no folder for {str(file)!r}: make {str(file.parent)!r} first")
         folder, cache = file.parent.resolve(), directory.resolve()
         if folder.is_relative_to(cache) and folder != (cache / "backups").resolve():

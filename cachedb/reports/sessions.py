@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from cachedb.content.session import list_sessions_with_locks, lock_path
 from cachedb.disk import lock_holders, locks, single_flight, turns
+from cachedb.disk.existence import exists
 from cachedb.disk.lock_holders import Process
 from cachedb.disk.regular import open_regular
 from cachedb.errors import os_errors
@@ -47,7 +48,7 @@ def list_sessions(directory: Path) -> list[SessionInfo]:
     Args:
         directory: the cache directory; if it has no ``locks/``, the result is empty.
     """
-    if not (directory / "locks").exists():
+    if not exists(directory / "locks"):
         return []
     with os_errors("read the locks"):
         live_sessions = _list_live_sessions(directory)

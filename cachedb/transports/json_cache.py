@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cachedb import oci
 from cachedb.disk import layout, reader, writer
+from cachedb.disk.existence import exists
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import blob_file
 from cachedb.errors import (
@@ -82,17 +83,17 @@ class OldCache:
     def __init__(self, directory: Path, ours: Path) -> None:
         self.directory = directory
         with os_errors("read the cache to adopt"):
-            found = any((directory / name).exists() for name in ("manifests", "blobs", "index.json"))
+            found = any(exists(directory / name) for name in ("manifests", "blobs", "index.json"))
         if not found:
             raise NotACache(f"{str(directory)!r} has no manifests, blobs or index.json: there is nothing to adopt")
-        if (directory / "index.db").exists() or directory.resolve() == ours.resolve():
+        if exists(directory / "index.db") or directory.resolve() == ours.resolve():
             raise NotACache(f"{str(directory)!r} is already a cache of cachedb: use it with --dir")
-        if (directory / "oci-layout").exists():
+        if exists(directory / "oci-layout"):
             raise NotACache(f"{str(directory)!r} is an OCI image layout: use `cachedb import`")
         self.left_out: list[LeftOut] = []
         self.damage: str | None = None
         self.entries = self._read_index()
-        self.blobs, strays = layout.list_blob_files(directory) if (directory / "blobs").exists() else ({}, [])
+        self.blobs, strays = layout.list_blob_files(directory) if exists(directory / "blobs") else ({}, [])
         self.left_out += [LeftOut("stray", None, None, path, "it is not a blob") for path in strays]
         self.paths = {digest: blob_file(directory, digest) for digest in self.blobs}
         self.manifests = dict(self._find_manifests())
@@ -134,7 +135,7 @@ class OldCache:
             self.left_out.append(LeftOut(kind, path.relative_to(top).as_posix(), None, path, detail))
 
         def report(error: OSError) -> None:
-            if top.exists():
+            if exists(top):
                 leave_out("unreadable", Path(error.filename), explain(error))
 
         for folder, folders, files in os.walk(top, onerror=report):

@@ -734,7 +734,9 @@ def test_a_change_that_would_break_references_is_rolled_back(old: Path, monkeypa
         connection.exec_driver_sql("UPDATE images SET manifest_id = 999 WHERE id = 1")
 
     monkeypatch.setattr(schema, "run_migrations", migrate_and_break)
-    with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would have broken references: images 1 to blobs"):
+    with pytest.raises(
+        DamagedIndex, match=r"not changed: .* row 1 of images refers to a row of blobs that does not exist"
+    ):
         upgrade.upgrade(old)
     assert read_revision(old) == "0001"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from cachedb.callbacks import Callbacks
 from cachedb.disk import locks, turns
 from cachedb.disk.durable import lock_part, remove_leftovers, sync_file, sync_folder
+from cachedb.disk.existence import exists
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import quarantine_path
@@ -241,7 +242,7 @@ def put_in_place(database: Database, turn: turns.Turn, new: Path) -> Path | None
         CacheReplaced: if the write lock is lost; the old index stays.
         StorageError: if the new index still has a WAL, because SQLite could not write it back.
     """
-    if new.with_name(f"{new.name}-wal").exists():
+    if exists(new.with_name(f"{new.name}-wal")):
         raise StorageError("the new index is incomplete, because its WAL could not be written back: try again")
     staged = _next_path(database.directory, "rebuilt")
     source_folder = new.parent.relative_to(database.directory)

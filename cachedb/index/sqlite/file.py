@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cachedb.disk import locks
+from cachedb.disk.existence import exists
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import has_blobs
 from cachedb.disk.waiting import Wait
@@ -50,7 +51,7 @@ class IndexFile:
     def is_new(self) -> bool:
         """Whether there is no index yet."""
         # An empty file is being created by another process, which holds the write lock.
-        return not self.path.exists() or not self.path.stat().st_size
+        return not exists(self.path) or not self.path.stat().st_size
 
     def create(self, folders: Folders) -> None:
         """Create an empty index file, unless there is one; the caller holds the write lock.
@@ -59,7 +60,7 @@ class IndexFile:
             DamagedIndex: if there is no index file but the cache has blobs.
         """
         # An existing file is not opened: closing it would release SQLite's locks on it.
-        if not self.path.exists():
+        if not exists(self.path):
             if has_blobs(self._directory):
                 raise lost_index_error(self._directory)
             os.close(folders.make_file(self.path.name))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 
 from sqlalchemy import select
 
 from cachedb.errors import DamagedIndex, os_errors
 from cachedb.index.sqlite.database import Database
-from cachedb.index.sqlite.revision import is_compatible, read_revision, schema_error
+from cachedb.index.sqlite.revision import find_broken_keys, is_compatible, read_revision, schema_error
 from cachedb.index.tables import METADATA
 
 __all__ = ["find_faults", "read_journal_mode"]
@@ -35,8 +36,7 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
                 raise schema_error(database.directory, None)
             check = f"PRAGMA {'quick_check' if quick else 'integrity_check'}(100)"
             found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
-            for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(100):
-                found.append(f"row {row} of {table} refers to a row of {parent} that does not exist")
+            found.extend(islice(find_broken_keys(connection), 100))
             for table in METADATA.sorted_tables if is_compatible(connection) else ():
                 # Constraints accept text that is not UTF-8 and some invalid times, but reading them fails.
                 for _ in connection.execute(select(table).limit(0 if quick else None)):

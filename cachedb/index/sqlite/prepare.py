@@ -6,11 +6,12 @@ import os
 import re
 import sqlite3
 from contextlib import closing, suppress
-from itertools import filterfalse
+from itertools import filterfalse, islice
 from pathlib import Path
 
 from cachedb.disk import locks, marker, turns
 from cachedb.disk.durable import sync_folder
+from cachedb.disk.existence import exists
 from cachedb.disk.file_system import check_features, explain_shared
 from cachedb.disk.folders import FOLDERS, Folders
 from cachedb.disk.layout import POLICY_FILE, blob_file
@@ -18,7 +19,7 @@ from cachedb.disk.listing import list_names
 from cachedb.errors import CacheError, DamagedIndex, NotACache, StorageError, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.errors import explain_path_limit
-from cachedb.index.sqlite.revision import APPLICATION_ID, has_backup, has_cache, no_cache_error
+from cachedb.index.sqlite.revision import APPLICATION_ID, find_broken_keys, has_backup, has_cache, no_cache_error
 from cachedb.oci.digests import Digest
 
 __all__ = ["accept_copy", "has_our_mark", "prepare"]
@@ -57,7 +58,7 @@ def prepare(database: Database, *, create: bool = True) -> str | None:
                 _check_copy(database, folders)  # at each open, because the result cannot be stored
         return revision
     with os_errors("use the cache directory"):
-        missing = [folder for folder in (database.directory, *database.directory.parents) if not folder.exists()]
+        missing = [folder for folder in (database.directory, *database.directory.parents) if not exists(folder)]
         with suppress(FileExistsError):
             database.directory.mkdir(mode=0o700, parents=True)
             database.directory.chmod(0o700)  # whatever the umask
@@ -146,8 +147,7 @@ def _check_copy(database: Database, folders: Folders) -> None:
     with database.look() as connection:
         found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
         faults = [] if found == "ok" else [str(found)]
-        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1):
-            faults.append(f"row {row} of {table} refers to a row of {parent} that does not exist")
+        faults.extend(islice(find_broken_keys(connection), 1))
         if not faults and folders.had_marker:
             query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
             for digest, size in connection.exec_driver_sql(query):

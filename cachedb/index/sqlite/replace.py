@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachedb.disk.durable import copy_to_new
+from cachedb.disk.existence import exists
 from cachedb.disk.turns import Turn
 from cachedb.errors import DamagedIndex, NotACache, StorageError
 from cachedb.index.sqlite.database import Database
@@ -34,7 +35,7 @@ def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
         CacheReplaced: if the write lock is lost; the index is not replaced.
         StorageError: if another program reads for so long that the old WAL cannot be written back.
     """
-    found, wal = database.path.exists(), database.path.with_name("index.db-wal")
+    found, wal = exists(database.path), database.path.with_name("index.db-wal")
     if found:
         with suppress(DamagedIndex, NotACache):
             _write_back(database)
@@ -51,7 +52,7 @@ def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
         # Without the lock, another process may have written rows that the new index lacks.
         turn.check("the index was not replaced: try again")
         # SQLite would apply the old WAL to the new index.
-        if wal.exists():
+        if exists(wal):
             kept = f"{old.name}-wal"
             os.rename(wal.name, kept, src_dir_fd=folders.root, dst_dir_fd=quarantine)
             if not os.stat(kept, dir_fd=quarantine, follow_symlinks=False).st_size:

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from cachedb.disk import marker
+from cachedb.disk.existence import exists
 from cachedb.errors import CacheError, DamagedIndex, NotACache, NotInCache, SchemaMismatch, StorageError, os_errors
 from cachedb.index.tables import REVISION
 
@@ -62,9 +63,10 @@ def explain_refusal(error: BaseException) -> str | None:
 
 
 def find_broken_keys(connection: Connection) -> Iterator[str]:
-    """Yield the rows that refer to rows that do not exist, as text."""
-    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-        yield f"{table} {row} to {parent}"
+    """Yield a sentence for each row that refers to a row that does not exist."""
+    for table, number, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        row = "a row" if number is None else f"row {number}"  # a table WITHOUT ROWID does not number its rows
+        yield f"{row} of {table} refers to a row of {parent} that does not exist"
 
 
 def revision_of(connection: sqlite3.Connection) -> str | None:
@@ -107,7 +109,7 @@ def has_cache(directory: Path) -> bool:
     with os_errors("use the cache directory"):
         path = directory / "index.db"
         # A process that creates the cache, or was killed meanwhile, leaves an empty file.
-        return (path.exists() and path.stat().st_size > 0) or is_ours(directory)
+        return (exists(path) and path.stat().st_size > 0) or is_ours(directory)
 
 
 def no_cache_error(directory: Path) -> NotInCache:

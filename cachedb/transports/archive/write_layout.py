@@ -228,7 +228,7 @@ def _link(directory: Path, entry: Entry, path: Path, progress: Advance) -> bool:
     assert isinstance(entry.content, str)
     part = part_path(path.parent)
     try:
-        os.link(blob_path(directory, entry.content), part)
+        os.link(blob_path(directory, entry.content), part, follow_symlinks=False)
     except OSError as error:
         if is_callers(error):
             raise

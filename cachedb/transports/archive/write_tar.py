@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from cachedb.disk.durable import atomic_file, remove_leftovers, sync_folder
+from cachedb.disk.existence import exists
 from cachedb.disk.writer import write_all
 from cachedb.errors import os_errors
 from cachedb.progress import Advance
@@ -50,7 +51,7 @@ def write_tar(directory: Path, files: list[Entry], destination: Path | BinaryIO,
             unbuffered = destination.raw if type(destination) is io.BufferedWriter else destination
             _write_members(directory, files, unbuffered, progress)
             destination.flush()
-        elif destination.exists() and not destination.is_file():  # a device or a fifo
+        elif exists(destination) and not destination.is_file():  # a device or a fifo
             with destination.open("wb", buffering=0) as stream:
                 _write_members(directory, files, stream, progress)
         else:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from urllib3.exceptions import SSLError
 
+from cachedb.disk.existence import exists
 from cachedb.errors import RegistryError
 
 __all__ = ["Certificates", "advise_on_tls", "find_certificates", "make_tls_context"]
@@ -46,7 +47,7 @@ def find_certificates(registry: str, host: str | None = None) -> Certificates:
         more, clients = _list_files(host)
         authorities += more
     for path in clients:
-        if not path.with_suffix(".key").exists():
+        if not exists(path.with_suffix(".key")):
             raise RegistryError(f"{str(path)!r} has no key: put it into {path.stem}.key beside it, or remove the file")
     return Certificates(tuple(authorities), tuple(clients))
 
