@@ -22,7 +22,6 @@ nox.options.sessions = ["tests"]
 CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyproject.toml"))
 """The Pythons in the classifiers. If one is missing, CI fails; elsewhere nox skips it."""
-NEXT = ["3.14"]  # not supported yet, because CI does not have it; tested if it is installed
 FAST = ("-m", "not slow and not attack")
 CORE = (
     "tests/index/sqlite",
@@ -46,7 +45,7 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", "-q", "-n", "auto", *arguments, *session.posargs)
 
 
-@nox.session(python=[*PYTHONS, *(version for version in NEXT if shutil.which(f"python{version}"))])
+@nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the fast tests."""
     run_pytest(session, *FAST)
