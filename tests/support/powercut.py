@@ -790,7 +790,7 @@ def generate_states(recording: Recording, seed: int, count: int | None = None) -
             if position in visited:
                 name, fates = _make_plan(disk.pending, rounds + position, choices)
                 tree = disk.tree(fates)
-                key = _hash_state(tree, disk.acks)
+                key = hash_tree(tree, disk.acks)
                 if key not in seen:
                     yield Cut(len(seen), position, disk.acks, _describe(recording, position, name, fates, disk), tree)
                     seen.add(key)
@@ -800,7 +800,8 @@ def generate_states(recording: Recording, seed: int, count: int | None = None) -
         barren = barren + 1 if len(seen) == found else 0
 
 
-def _hash_state(tree: Tree, acks: tuple[int, ...]) -> bytes:
+def hash_tree(tree: Tree, acks: tuple[int, ...] = ()) -> bytes:
+    """Return a hash of the content of a directory and of the acknowledged steps."""
     hasher = hashlib.blake2b(repr(acks).encode(), digest_size=16)
     for path, entry in tree.items():
         hasher.update(f"{path}\0{entry.kind}\0{entry.mode}\0{entry.same_as}\0{len(entry.content)}\0".encode())
