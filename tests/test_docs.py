@@ -21,6 +21,7 @@ import cachedb
 from cachedb import Cache, errors
 from cachedb.cli.main import cli
 from tests.conftest import GO_PEERS
+from tests.support.command_server import CommandServer
 from tests.support.make import image
 from tests.support.registries import REGISTRIES
 
@@ -83,11 +84,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", [str(page.relative_to(DOCS)) for page in PAGES if examples_of(page)])
-def test_the_examples_of_a_page_print_the_output_that_it_shows(name: str) -> None:
+def test_the_examples_of_a_page_print_the_output_that_it_shows(
+    name: str, place: Path, command_server: CommandServer
+) -> None:
     """Run all blocks of a page in order, in one folder and with one cache."""
     page = DOCS / name
+    served = place / "served"
+    served.mkdir()
+    command_server.write_program(served / "cachedb")
+    environment = {**os.environ, "PATH": f"{served}:{os.environ['PATH']}"}
     names: dict[str, Any] = {}
     for block in examples_of(page):
         where = f"docs/{name}:{block.line}"
@@ -105,6 +111,8 @@ def test_the_examples_of_a_page_print_the_output_that_it_shows(name: str) -> Non
                 command,
                 shell=True,
                 check=False,
+                # A signal that cannot be caught does not reach a command of the server.
+                env=None if "KILL" in command else environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,28 +16,31 @@ import pytest
 from cachedb import Cache
 from tests.conftest import Run
 from tests.support import make
+from tests.support.command_server import CommandServer
 
 MADE = make.image(1, 2, compression="gzip")
 COMPLETE = """
+compopt() { :; }
 eval "$(cachedb completion bash)"
 COMP_WORDBREAKS=$' \\t\\n"\\'><=;|&(:'
-COMP_LINE="$1" COMP_POINT=${#1}
-COMPREPLY=()
 complete -p cachedb >/dev/null || exit 1
-_cachedb_completion cachedb
-printf '%s\\n' "${COMPREPLY[@]}"
+while IFS= read -r COMP_LINE; do
+    COMP_POINT=${#COMP_LINE}
+    COMPREPLY=()
+    _cachedb_completion cachedb
+    echo "${COMPREPLY[@]}"
+done
 """
 
 
 @pytest.fixture
-def environment(cache: Cache, tmp_path: Path) -> dict[str, str]:
+def environment(cache: Cache, command_server: CommandServer, tmp_path: Path) -> dict[str, str]:
     """Return the environment of a shell that finds `cachedb` and a cache with two names of one image."""
     make.save(cache, "app:1", MADE)
     cache.tag("app:1", "app:12")
     program = tmp_path / "bin" / "cachedb"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
-    program.chmod(0o755)
+    command_server.write_program(program)
     return {
         **os.environ,
         "PATH": f"{program.parent}:{os.environ['PATH']}",
@@ -46,19 +49,29 @@ def environment(cache: Cache, tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def complete(environment: dict[str, str], peer: Callable[[str], str]) -> Iterator[Callable[[str], list[str]]]:
+    """Yield a function that returns bash's completions of a line."""
+    command = [peer("bash"), "--norc", "-c", COMPLETE]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as bash:
+
+        def ask(line: str) -> list[str]:
+            assert bash.stdin
+            assert bash.stdout
+            bash.stdin.write(f"{line}\n")
+            return bash.stdout.readline().split()
+
+        yield ask
+        bash.communicate()
+    assert bash.returncode == 0
+
+
 @pytest.mark.slow
 def test_bash_completes_commands_names_and_digests(
-    environment: dict[str, str], peer: Callable[[str], str], tmp_path: Path
+    environment: dict[str, str], complete: Callable[[str], list[str]], tmp_path: Path
 ) -> None:
-    bash = peer("bash")
-
-    def complete(line: str) -> list[str]:
-        result = subprocess.run(
-            [bash, "--norc", "-c", COMPLETE.replace("compopt", ": compopt"), "bash", line],
-            env=environment, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return result.stdout.split()
-
     assert complete("cachedb ex") == ["exists", "export"]
     with Cache.open(environment["CACHEDB_DIR"]) as cache:
         cache.tag("app:1", "localhost:5000/app:2")
@@ -89,6 +102,15 @@ def test_bash_completes_commands_names_and_digests(
     assert complete("cachedb sql image_us") == []
     assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.slow
+def test_a_new_interpreter_completes(environment: dict[str, str]) -> None:
+    """The other tests complete in forks of a process that has imported everything."""
+    asked = {"_CACHEDB_COMPLETE": "bash_complete", "COMP_WORDS": "cachedb show app:1"}
+    command = [sys.executable, "-m", "cachedb"]
+    printed = subprocess.run(command, env={**environment, **asked}, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["plain,app:1", "plain,app:12"]
 
 
 def type_in_zsh(zsh: str, environment: dict[str, str], typed: str) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -64,6 +65,12 @@ class CommandServer:
         self._process.kill()
         self._process.communicate()
         self._folder.cleanup()
+
+    def write_program(self, path: Path) -> None:
+        """Write a program that shells can run as `cachedb`. Its folder and environment are those of its process."""
+        client = [sys.executable, "-I", "-S", str(Path(__file__).with_name("command_client.py")), self._path]
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+        path.chmod(0o755)
 
     def accepts(self, options: Mapping[str, Any]) -> bool:
         """Return whether the server runs a command with these options as `subprocess.run` would."""
