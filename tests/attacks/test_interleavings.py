@@ -233,11 +233,10 @@ ACTORS: dict[str, Callable[[Path, Steps], object]] = {
 
 
 def act(actor: str, directory: Path, steps: Steps) -> object:
-    """Run an actor in the process that was forked for it."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Run an actor in its own process."""
+    with pytest.MonkeyPatch.context() as patch, stops_at_transactions(patch, steps):
         announce_locks(patch, steps)
         stop_at_files(patch, steps, directory)
-        stop_at_transactions(patch, steps)
         patch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
         # The chosen order decides which process runs next, so skip the queue of the write lock.
         patch.setattr(turns, "_await_turn", lambda queue, path, number, wait: None)
@@ -349,7 +348,8 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
     patch.setattr(publish, "receive", stop_around_receive)
 
 
-def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
+@contextmanager
+def stops_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> Iterator[None]:
     """Stop before reads and commits, and announce SQLite's own lock, which is taken inside the write lock."""
     lock = "SQLite's"
 
@@ -370,8 +370,6 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         return rows(self, *arguments)
 
     patch.setattr(Database, "rows", look_up)
-    event.listen(Engine, "begin", begin)  # listeners of the class come before the engine's own
-    event.listen(Engine, "commit", commit)
 
     def announce_end(name: str) -> None:
         call = getattr(DefaultDialect, name)
@@ -384,6 +382,14 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
 
     announce_end("do_commit")
     announce_end("do_rollback")
+    listeners = (Engine, "begin", begin), (Engine, "commit", commit)  # these come before the engine's own
+    for listener in listeners:
+        event.listen(*listener)
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            event.remove(*listener)
 
 
 # The caches with which orders begin.

@@ -121,7 +121,10 @@ class Outcome(NamedTuple):
 
 
 class Zygote:
-    """A process that has imported all modules and forks a child for each actor."""
+    """A process that has imported all modules, and its forks, which run the actors of one order after another.
+
+    A fork serves again, because the first operation in a fork takes five times as long as later ones.
+    """
 
     def __init__(self, module: str, root: Path) -> None:
         """Start the process.
@@ -141,6 +144,7 @@ class Zygote:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        self._free: list[socket.socket] = []  # to the forks that run no actor
 
     def __enter__(self) -> Self:
         return self
@@ -148,20 +152,26 @@ class Zygote:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()  # this ends the process
+        for channel in (self._socket, *self._free):
+            channel.close()  # this ends the process at the other end
         self._process.wait()
 
     def start(self, actor: str, directory: Path, kinds: Collection[str]) -> _Process:
-        """Fork an actor."""
+        """Let a fork run an actor."""
+        channel = self._free.pop() if self._free else self._fork()
+        channel.settimeout(STEP_SECONDS)
+        channel.send(json.dumps([actor, str(directory), sorted(kinds)]).encode())
+        return _Process(channel, self._free)
+
+    def _fork(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            request = json.dumps([actor, str(directory), sorted(kinds)]).encode()
-            socket.send_fds(self._socket, [request], [theirs.fileno()])
-        return _Process(ours)
+            socket.send_fds(self._socket, [b"fork"], [theirs.fileno()])
+        return ours
 
 
 def serve(module: str, descriptor: int) -> None:
-    """Fork an actor for each request, in the zygote's process, until the socket is closed."""
+    """Fork for each request, in the zygote's process, until the socket is closed."""
     actors = importlib.import_module(module)
     actors.warm()
     gc.freeze()  # a collection in a child would copy the pages that it shares with this process
@@ -175,7 +185,8 @@ def serve(module: str, descriptor: int) -> None:
         if os.fork() == 0:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _act(actors.act, channel, *json.loads(request))
+            while wanted := channel.recv(_MESSAGE_BYTES):
+                _act(actors.act, channel, *json.loads(wanted))
             os._exit(0)
         channel.close()
 
@@ -194,8 +205,8 @@ def _act(
 class _Process:
     """The test's side of a running actor."""
 
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
+    def __init__(self, channel: socket.socket, free: list[socket.socket]) -> None:
+        self._channel, self._free = channel, free
         self._pid = 0
         self.wanted = ""  # the lock that the actor stopped before
         self.inner = False  # whether the actor takes that lock inside another
@@ -206,7 +217,6 @@ class _Process:
 
     def begin(self) -> None:
         """Wait until the actor is at its first stop."""
-        self._channel.settimeout(STEP_SECONDS)
         self._pid = int(self._channel.recv(_MESSAGE_BYTES))
         self._receive()
 
@@ -244,9 +254,12 @@ class _Process:
                 return
 
     def close(self) -> None:
-        """Kill the actor if it has not ended."""
+        """Kill the actor's process if the actor has not ended; otherwise let it run another actor."""
+        if self.outcome is not None:
+            self._free.append(self._channel)
+            return
         self._channel.close()
-        if self.outcome is None and self._pid:
+        if self._pid:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
