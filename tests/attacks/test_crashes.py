@@ -7,6 +7,7 @@ interrupt at a sample of the calls; with ``CACHEDB_CRASH_EVERYWHERE`` set, at al
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from cachedb.disk.layout import UNFINISHED_INDEX
 from cachedb.index.tables import REVISION
 from tests.support import make, strace, victims
 from tests.support.powercut import hash_tree, read_tree
-from tests.support.promises import check
+from tests.support.promises import check, check_opened
 
 pytestmark = pytest.mark.attack
 
@@ -48,12 +49,22 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pope
         yield process
 
 
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Path], None]], Path]:
+    """Return a function that makes a directory for operations; tests copy it, and never change it."""
+
+    @functools.cache
+    def make_directory(preparation: Callable[[Path], None]) -> Path:
+        directory = tmp_path_factory.mktemp("prepared")
+        preparation(directory)
+        return directory
+
+    return make_directory
+
+
 @pytest.fixture
-def prepared(operation: str, tmp_path: Path) -> Path:
-    directory = tmp_path / "prepared"
-    directory.mkdir()
-    victims.OPERATIONS[operation].prepare(directory)
-    return directory
+def prepared(operation: str, prepare: Callable[[Callable[[Path], None]], Path]) -> Path:
+    return prepare(victims.OPERATIONS[operation].prepare)
 
 
 def recover_from(operation: str, directory: Path) -> None:
@@ -64,26 +75,26 @@ def recover_from(operation: str, directory: Path) -> None:
     elif not operation.startswith(("repair", "rebuild")):  # these begin with a damaged cache
         check(cache)
     victims.OPERATIONS[operation].do(directory)
-    check(cache)
-    if operation != "open anew":
-        check_kept(cache)
-    if operation == "export":
-        with tarfile.open(directory / "kept.tar") as tar:
-            assert len(tar.getnames()) > len(victims.KEPT.blobs)
-    if operation.startswith("adopt"):
-        with Cache.open(cache) as opened:
+    with Cache.open(cache) as opened:
+        check_opened(opened)
+        if operation != "open anew":
+            check_kept(opened)
+        if operation.startswith("adopt"):
             for name, image in (("team/new:1", victims.NEW), ("app:2", make.image(1, 6))):
                 assert opened.is_image_complete(name)
                 assert {blob.digest for blob in opened.get_image_blobs(name)} == set(image.blobs)
             assert not opened.is_image_complete("app:3")
-    if operation == "import by linking":
-        with Cache.open(cache) as opened:
+        if operation == "import by linking":
             assert opened.is_image_complete("new:1")
-        for data in victims.NEW.blobs.values():
-            assert (directory / "layout" / "blobs" / "sha256" / make.hex_of(data)).read_bytes() == data
+            for data in victims.NEW.blobs.values():
+                assert (directory / "layout" / "blobs" / "sha256" / make.hex_of(data)).read_bytes() == data
+    if operation == "export":
+        with tarfile.open(directory / "kept.tar") as tar:
+            assert len(tar.getnames()) > len(victims.KEPT.blobs)
     if operation == "copy":
-        check(directory / "copy")
-        check_kept(directory / "copy")
+        with Cache.open(directory / "copy") as opened:
+            check_opened(opened)
+            check_kept(opened)
         assert not (directory / "copy" / UNFINISHED_INDEX).exists()
     if operation == "export a folder":
         files = {path.name for path in (directory / "layout").rglob("*") if path.is_file()}
@@ -104,11 +115,10 @@ def check_either_schema(cache: Path) -> None:
     assert (images, associations) == ([("gone",), ("kept",)], (8,))
 
 
-def check_kept(directory: Path) -> None:
-    with Cache.open(directory) as cache:
-        assert cache.is_image_complete("kept:1"), "P7: an acknowledged image survives"
-        for digest, data in victims.KEPT.blobs.items():
-            assert cache.get_blob(digest) == data
+def check_kept(cache: Cache) -> None:
+    assert cache.is_image_complete("kept:1"), "P7: an acknowledged image survives"
+    for digest, data in victims.KEPT.blobs.items():
+        assert cache.get_blob(digest) == data
 
 
 @contextmanager

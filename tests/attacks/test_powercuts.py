@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -287,9 +288,17 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="module")
+def record_scenario(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Recording]:
+    """Return a function that records a scenario once, with the path of strace."""
+    return functools.cache(lambda name, strace: powercuts.record(name, tmp_path_factory.mktemp("recorded"), strace))
+
+
 @pytest.mark.parametrize("scenario", powercuts.SCENARIOS)
-def test_acknowledged_steps_survive_a_power_cut(scenario: str, strace: str, scratch: Path, tmp_path: Path) -> None:
-    recording = powercuts.record(scenario, scratch, strace)
+def test_acknowledged_steps_survive_a_power_cut(
+    scenario: str, strace: str, record_scenario: Callable[[str, str], Recording], scratch: Path, tmp_path: Path
+) -> None:
+    recording = record_scenario(scenario, strace)
     checked, violations = powercuts.attack(scenario, recording, scratch, seed=1, count=STATES, most=1)
     for violation in violations:
         kept = powercuts.save_violation(violation, tmp_path, seed=1)
@@ -298,9 +307,9 @@ def test_acknowledged_steps_survive_a_power_cut(scenario: str, strace: str, scra
 
 
 def test_a_state_that_lacks_an_acknowledged_blob_is_caught_and_saved(
-    strace: str, scratch: Path, tmp_path: Path
+    strace: str, record_scenario: Callable[[str, str], Recording], scratch: Path, tmp_path: Path
 ) -> None:
-    recording = powercuts.record("recovery", scratch, strace)
+    recording = record_scenario("recovery", strace)
     *_, last = generate_states(recording, seed=1, count=60)
     write_state(last.tree, scratch / "good")
     powercuts.check_cut("recovery", scratch / "good", last.acks)
@@ -313,8 +322,10 @@ def test_a_state_that_lacks_an_acknowledged_blob_is_caught_and_saved(
             powercuts.check_again(kept)
 
 
-def test_a_state_that_lacks_a_step_or_has_one_too_many_is_caught(strace: str, scratch: Path) -> None:
-    recording = powercuts.record("recovery", scratch, strace)
+def test_a_state_that_lacks_a_step_or_has_one_too_many_is_caught(
+    strace: str, record_scenario: Callable[[str, str], Recording], scratch: Path
+) -> None:
+    recording = record_scenario("recovery", strace)
     before, after = final_state(recording._replace(events=[])), final_state(recording)
     steps = len(powercuts.possible_states("recovery")[0]) - 1
     write_state(after, scratch / "good")

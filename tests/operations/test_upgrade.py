@@ -57,6 +57,7 @@ from tests.support.index_file import change_index, list_tables, read_rows
 from tests.support.make import image, index, save
 from tests.support.powercut import hash_tree, read_tree
 from tests.support.promises import check
+from tests.support.waiting import wait_until
 
 OPERATIONS: dict[str, Callable[..., object]] = {
     "upgrade": upgrade.upgrade,
@@ -1111,23 +1112,19 @@ TAMPERED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TAMPERED)
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_a_backup_with_a_foreign_schema_object_is_refused(
-    revision: str, kind: str, directory: Path, tmp_path: Path
-) -> None:
+def test_a_backup_with_a_foreign_schema_object_is_refused(revision: str, directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     before = read_rows(directory)
     old = unpack_frozen_cache(revision, tmp_path / "old")
-    change_index(old, TAMPERED[kind])
-    message = (
-        rf"changed by another program, and was not restored: {kind} 'evil': no migration creates it: drop these objects"
-    )
-    with pytest.raises(NotACache, match=message):
-        restore.restore(directory, old / "index.db")
-    assert read_rows(directory) == before
-    change_index(old, f"DROP {kind} evil")
+    for kind, statement in TAMPERED.items():
+        change_index(old, statement)
+        message = rf"{kind} 'evil': no migration creates it: drop these objects"
+        with pytest.raises(NotACache, match=rf"changed by another program, and was not restored: {message}"):
+            restore.restore(directory, old / "index.db")
+        assert read_rows(directory) == before
+        change_index(old, f"DROP {kind} evil")
     restore.restore(directory, old / "index.db")
     check(directory)
 
@@ -1500,31 +1497,34 @@ def test_wrong_arguments_of_db_commands_exit_with_2(
     assert list_backups(directory) == []
 
 
+@pytest.fixture(scope="module")
+def large_old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an old cache whose backup takes a while; tests copy it."""
+    directory = unpack_frozen_cache("0001", tmp_path_factory.mktemp("large") / "old")
+    change_index(
+        directory,
+        "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 300000)"
+        " INSERT INTO blobs (digest, size) SELECT printf('sha256:%064x', n), 1 FROM n",
+    )
+    return directory
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["backup", "upgrade"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_backup_with_the_exit_code_of_the_signal(
-    old: Path, command: str, number: signal.Signals, code: int
+    large_old: Path, tmp_path: Path, command: str, number: signal.Signals, code: int
 ) -> None:
-    shell = sqlite3.connect(old / "index.db")
-    shell.execute(
-        "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 300000)"
-        " INSERT INTO blobs (digest, size) SELECT printf('sha256:%064x', n), 1 FROM n"
-    )
-    shell.commit()
-    shell.close()
-
     def has_begun(directory: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):  # the backup got its name meanwhile
             return any(path.stat().st_size for path in (directory / "backups").glob(".backup-*"))
         return False
 
     for turn in range(20):
-        directory = shutil.copytree(old, old.with_name(f"turn-{turn}"))
+        directory = shutil.copytree(large_old, tmp_path / f"turn-{turn}")
         command_line = [sys.executable, "-m", "cachedb", "--dir", str(directory), "db", command]
         with subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True) as process:
-            while not has_begun(directory) and process.poll() is None:
-                pass
+            wait_until(lambda: has_begun(directory) or process.poll() is not None)  # noqa: B023 - called at once
             process.send_signal(number)
             _, stderr = process.communicate(timeout=60)
         if not list_backups(directory):

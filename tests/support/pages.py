@@ -68,6 +68,8 @@ class _Index:
 
     def __init__(self, shell: sqlite3.Connection, draw: random.Random) -> None:
         self._shell, self._draw = shell, draw
+        self._last_blob: int
+        ((self._last_blob,),) = shell.execute("SELECT coalesce(max(id), 0) FROM blobs")
 
     def draw_time(self) -> str:
         days = self._draw.choice([self._draw.uniform(0, 7), self._draw.uniform(0, 300)])
@@ -75,10 +77,11 @@ class _Index:
         return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
     def add_blob(self, size: int, *, stored: bool = True) -> int:
-        ((number,),) = self._shell.execute("SELECT coalesce(max(id), 0) + 1 FROM blobs")
+        self._last_blob += 1
+        number = self._last_blob
         time = self.draw_time() if stored else None
         self._shell.execute("INSERT INTO blobs VALUES (?, ?, ?, ?)", (number, digest_of(b"%d" % number), size, time))
-        return int(number)
+        return number
 
     def add_image(
         self,
@@ -102,12 +105,11 @@ class _Index:
         associations: list[tuple[int, str, str, str | None]]
         associations = [(manifest, "manifest", OCI_MANIFEST, None), (self.add_blob(300), "config", OCI_CONFIG, None)]
         associations += [(layer, "layer", OCI_LAYER, f"RUN make {layer} {HOSTILE}") for layer in layers]
-        for position, association in enumerate(associations):
-            self._shell.execute(
-                "INSERT INTO image_blobs (image_id, position, blob_id, role, media_type, created_by) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (image, position, *association),
-            )
+        self._shell.executemany(
+            "INSERT INTO image_blobs (image_id, position, blob_id, role, media_type, created_by) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            [(image, position, *association) for position, association in enumerate(associations)],
+        )
         self._shell.execute(
             "INSERT INTO image_platforms VALUES (?, 0, ?, ?, 'amd64', NULL)", (image, len(associations) - 1, os)
         )
