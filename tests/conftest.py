@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -104,12 +105,22 @@ def _restore_log() -> Iterator[None]:
 Run = Callable[..., subprocess.CompletedProcess[Any]]
 
 
+@functools.cache
+def start_command_server() -> CommandServer:
+    """Return the server of this pytest worker; it forks for each command and each script."""
+    return CommandServer(Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close_command_server() -> Iterator[None]:
+    yield
+    if start_command_server.cache_info().currsize:
+        start_command_server().close()
+
+
 @pytest.fixture(scope="session")
-def command_server() -> Iterator[CommandServer]:
-    """Yield a server of this pytest worker; it forks for each command."""
-    server = CommandServer(Path(__file__).parents[1])
-    yield server
-    server.close()
+def command_server() -> CommandServer:
+    return start_command_server()
 
 
 @pytest.fixture
@@ -216,8 +227,12 @@ def start_python(script: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def run_python(script: str, *arguments: object) -> str:
-    """Run a script, assert that it succeeds, and return its output."""
+def run_python(script: str, *arguments: object, new_interpreter: bool = False) -> str:
+    """Run a script, assert that it succeeds, and return its output; in a fork of the command server, if possible."""
+    if not new_interpreter and (server := start_command_server()).accepts({}):
+        done = server.run([*map(str, arguments)], script=textwrap.dedent(script), text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(done.stdout)
     with start_python(script, *arguments) as process:
         try:
             output, _ = process.communicate(timeout=300)

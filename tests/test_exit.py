@@ -64,6 +64,7 @@ def test_every_operation_works_in_an_atexit_handler(tmp_path: Path) -> None:
         """,
         tmp_path / "cache",
         archive,
+        new_interpreter=True,
     )
     assert output.split() == ["RegistryUnavailable", "RegistryUnavailable", "101", "done"]
     assert files_of(tmp_path / "cache") == {}
@@ -88,6 +89,7 @@ def test_a_thread_that_outlives_the_main_thread_can_use_the_cache(tmp_path: Path
         """,
         tmp_path / "cache",
         archive,
+        new_interpreter=True,
     )
     assert output.split() == ["0"]
 

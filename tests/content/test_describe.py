@@ -395,5 +395,6 @@ def test_reading_a_description_does_not_import_alembic(cache: Cache) -> None:
             print(cache.get_image("app:1").os, "alembic" in sys.modules)
         """,
         cache.directory,
+        new_interpreter=True,
     )
     assert output == "linux False\n"

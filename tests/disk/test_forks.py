@@ -312,6 +312,7 @@ def test_a_large_answer_is_not_kept_in_memory(directory: Path) -> None:
                 print(peak)
         """,
         directory,
+        new_interpreter=True,
     )
     small_peak, large_peak = map(int, output.split())
     assert large_peak - small_peak < 60 * 1024, "KiB; the rows are 100 MB"

@@ -604,6 +604,7 @@ def test_without_a_policy_nothing_of_a_prune_is_imported(directory: Path) -> Non
         print([name for name in sys.modules if name in ("cachedb.operations.plan", "cachedb.operations.policy")])
         """,
         directory,
+        new_interpreter=True,
     )
     assert output == "[]\n"
 

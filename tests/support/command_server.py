@@ -1,6 +1,6 @@
-"""Run commands in forks of a server that has imported cachedb: ten times as fast as a new interpreter.
+"""Run commands and scripts in forks of a server that has imported cachedb: ten times as fast as a new interpreter.
 
-A test of the interpreter's start or of imports runs `sys.executable -m cachedb` instead.
+A test of the interpreter's start, of its exit or of imports starts one instead.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
+from types import ModuleType
 from typing import Any, Final, NamedTuple, NoReturn
 
 import cachedb
+import cachedb.__main__
 from tests.support import new_index
 from tests.support.processes import open_process
 
@@ -80,8 +83,10 @@ class CommandServer:
             return False
         return not any(name.startswith(_START_VARIABLES) for name, _ in changed)
 
-    def run(self, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-        """Run a command; the options are those of `subprocess.run` in `SUPPORTED`."""
+    def run(
+        self, arguments: list[str], *, script: str | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command, or a Python script; the options are those of `subprocess.run` in `SUPPORTED`."""
         data, text = options.get("input"), options.get("text", False)
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             with tempfile.TemporaryFile() as input_file:
@@ -94,7 +99,7 @@ class CommandServer:
                 if fileno == subprocess.DEVNULL:
                     fileno = os.open(os.devnull, os.O_RDONLY)
                 files = [fileno, output.fileno(), errors.fileno()]
-                code = self._run(arguments, files, options)
+                code = self._run(arguments, script, files, options)
             printed = []
             for file in (output, errors):
                 file.seek(0)
@@ -102,9 +107,10 @@ class CommandServer:
         decoded = [part.decode() if text else part for part in printed]
         return subprocess.CompletedProcess(["cachedb", *arguments], code, *decoded)
 
-    def _run(self, arguments: list[str], files: list[int], options: Mapping[str, Any]) -> int:
+    def _run(self, arguments: list[str], script: str | None, files: list[int], options: Mapping[str, Any]) -> int:
         request = {
             "arguments": arguments,
+            "script": script,
             "cwd": str(options.get("cwd") or Path.cwd()),
             "environment": dict(options.get("env") or os.environ),
         }
@@ -190,7 +196,7 @@ def _send(connection: socket.socket, number: int) -> None:
 
 
 def _run_command(request: dict[str, Any], files: list[int]) -> NoReturn:
-    """Run the command line in this process, as `python -m cachedb` does, and exit."""
+    """Run the command line or the script in this process, as a new interpreter does, and exit."""
     assert threading.active_count() == 1
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -198,15 +204,25 @@ def _run_command(request: dict[str, Any], files: list[int]) -> NoReturn:
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as subprocess does
-    sys.argv = [str(Path(sys.prefix) / "cachedb"), *request["arguments"]]
-    from cachedb.__main__ import main
-
+    script = request.get("script")
+    sys.argv = ["-c" if script else str(Path(sys.prefix) / "cachedb"), *request["arguments"]]
     code: object = 0
     try:
-        main()
+        _run_script(script) if script else cachedb.__main__.main()
     except SystemExit as error:
         code = error.code
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _run_script(script: str) -> None:
+    new_index.install(copies=False)
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        exec(compile(script, "<string>", "exec"), vars(main))
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    threading._shutdown()  # type: ignore[attr-defined] # as an interpreter waits for threads and ends pools

@@ -612,6 +612,7 @@ def test_a_cache_works_in_workers_of_multiprocessing(directory: Path) -> None:
         print("done")
         """,
         directory,
+        new_interpreter=True,
     )
     assert output == "done\n"
 
