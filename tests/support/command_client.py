@@ -25,7 +25,8 @@ def main() -> None:
                 signal.signal(number, lambda received, _: os.kill(command, received))
             code = os.waitstatus_to_exitcode(int(stream.readline()))
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 

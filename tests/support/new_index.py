@@ -1,7 +1,7 @@
 """Copy the schema of a new index, which the migrations make only once in each process: ten times as fast.
 
-All other changes of a schema run the migrations. So do attacks, and the processes that a test starts with a new
-interpreter.
+All other changes of a schema run the migrations. So do attacks, scripts, and the processes that a test starts with a
+new interpreter.
 """
 
 from __future__ import annotations

@@ -78,6 +78,40 @@ def test_a_command_has_the_given_folder_and_environment(both: Run, archive: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import sys; print(sys.argv, __name__)",
+        "import sys; sys.exit(3)",
+        "import threading; threading.Timer(0.1, print, ['at the end']).start()",
+        "from concurrent.futures import ThreadPoolExecutor; ThreadPoolExecutor(1).submit(print, 'in a pool')",
+        "raise ValueError",
+    ],
+)
+def test_a_script_has_the_same_output_and_exit_code(command_server: CommandServer, script: str) -> None:
+    served = command_server.run(["A"], script=script, text=True)
+    started = subprocess.run([sys.executable, "-c", script, "A"], capture_output=True, text=True, check=False)
+    assert (served.returncode, served.stdout) == (started.returncode, started.stdout)
+    assert served.stderr.splitlines()[-1:] == started.stderr.splitlines()[-1:]
+
+
+@pytest.mark.slow
+def test_a_program_of_the_server_ends_as_its_command(
+    command_server: CommandServer, archive: Path, directory: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "cachedb"
+    command_server.write_program(program)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(program), "--dir", str(directory), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=archive.parent, timeout=120)
+
+    assert run("import", "-q", archive.name).stdout == "app:1\n"
+    assert (run("exists", "none:1").returncode, run("rm", "none:1").stderr.count("\n")) == (3, 1)
+    assert run("produce", "none:1", "--", "sh", "-c", "kill -KILL $PPID").returncode == -9
+
+
+@pytest.mark.slow
 def test_commands_run_at_the_same_time(command_server: CommandServer, archive: Path, directory: Path) -> None:
     arguments = ["--dir", str(directory), "ls", "-q"]
     with ThreadPoolExecutor(4) as pool:
