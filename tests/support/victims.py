@@ -8,11 +8,10 @@ child's process ID. The child does the operation after the next line of stdin. T
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
+import shutil
 import sqlite3
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -304,17 +303,13 @@ def attempt(operation: str, directory: Path) -> int:
 
 
 def main() -> None:
-    warm = Path(sys.argv[1])
-    warmed = set()
+    # Import the lazy modules before the first fork, and compile Alembic's migrations.
+    warm = Path(sys.argv[1]) / "warm"
+    with Cache.open(warm):
+        pass
+    shutil.rmtree(warm)
     for line in sys.stdin:
         operation, directory = line.rstrip("\n").split("\t")
-        if operation not in warmed:
-            # Import the lazy modules and compile the SQL statements before the first fork.
-            with tempfile.TemporaryDirectory(dir=warm) as folder:
-                OPERATIONS[operation].prepare(Path(folder))
-                OPERATIONS[operation].do(Path(folder))
-            warmed.add(operation)
-            gc.freeze()
         child = os.fork()
         if child == 0:
             # strace is no parent of this process, so allow any process to trace it where Yama restricts tracing.
