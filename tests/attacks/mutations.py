@@ -694,6 +694,8 @@ MUTATIONS = [
     Mutation("only harmless functions can be called", "cachedb/index/sqlite/query.py", "if second in _FUNCTIONS and calls", "if calls", "tests/index/sqlite/test_query.py -k harmless"),
     Mutation("a query may call a limited number of functions", "cachedb/index/sqlite/query.py", " and calls <= _CALLS_LIMIT else", " else", "tests/index/sqlite/test_query.py -k functions"),
     Mutation("a value in a query has a size limit", "cachedb/index/sqlite/query.py", "        connection.setlimit(limit, value)\n", "        pass\n", "tests/index/sqlite/test_query.py -k pattern"),
+    Mutation("a row of a query has a limit of columns", "cachedb/index/sqlite/query.py", "    sqlite3.SQLITE_LIMIT_COLUMN: 100, ", "    sqlite3.SQLITE_LIMIT_COLUMN: 2000, ", "tests/index/sqlite/test_query.py -k limit_of_values"),
+    Mutation("a function in a query has a limit of arguments", "cachedb/index/sqlite/query.py", "    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 32, ", "    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 100, ", "tests/index/sqlite/test_query.py -k limit_of_values"),
     Mutation("a search in a query takes linear time", "cachedb/index/sqlite/query.py", '    if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):\n', "    if False:\n", "tests/index/sqlite/test_query.py -k uses_our_functions"),
     Mutation("the size of a replacement is checked before it is made", "cachedb/index/sqlite/query.py", "    if len(where) + where.count(old) * (len(new) - len(old)) >", "    if 0 >", "tests/index/sqlite/test_query.py -k value_has_a_size"),
     Mutation("a query of slow steps is interrupted in time", "cachedb/index/sqlite/query.py", "_CHECK_OPCODES = 2_000 ", "_CHECK_OPCODES = 2_000_000 ", "tests/index/sqlite/test_query.py -k long_steps"),

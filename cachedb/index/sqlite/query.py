@@ -44,10 +44,12 @@ _ALLOWED_ACTIONS = frozenset(
 # Pragmas that only describe the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
 _VIRTUAL_TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
-# These limits bound a single opcode, because the time is not checked during an opcode.
+# These limits bound the time and memory of a single opcode and of a row, which cannot be checked in between.
 _LIMITS: Final = {
     sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value; values in the index are smaller
     sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes; a match takes time in proportion to pattern times text
+    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 32,  # json_array collects all arguments before it measures its result
+    sqlite3.SQLITE_LIMIT_COLUMN: 100,  # of a row, which takes memory as a whole
 }
 _MAX_DIGITS: Final = 9  # a number with more digits exceeds every limit
 _CALLS_LIMIT: Final = 200  # function calls in a query; one row may execute all of them
@@ -359,6 +361,9 @@ def _translate_errors(
         if message.startswith("LIKE or GLOB pattern"):
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH]
             raise InvalidQuery(f"a pattern of LIKE or GLOB is over {limit} bytes: shorten it, or use instr()") from None
+        if message.startswith(("too many arguments on function", "too many columns in ", "too many terms in ")):
+            kind = sqlite3.SQLITE_LIMIT_FUNCTION_ARG if "arguments" in message else sqlite3.SQLITE_LIMIT_COLUMN
+            raise InvalidQuery(f"{message}: use at most {_LIMITS[kind]}") from None
         if _REFUSAL.match(message):
             raise InvalidQuery("only read-only queries are allowed: use SELECT") from None
         missing = re.search(r"not supply a value for binding parameter :?(\w+)", message)

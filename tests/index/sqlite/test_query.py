@@ -405,6 +405,24 @@ def test_a_query_has_a_limit_of_calls_of_functions(cache: Cache) -> None:
         run_query(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
 
 
+@pytest.mark.parametrize(
+    ("query", "limit", "error"),
+    [
+        ("SELECT {}", 100, "too many columns in result set"),
+        ("SELECT count(*) FROM (SELECT {})", 100, "too many columns in result set"),
+        ("SELECT 1 ORDER BY {}", 100, "too many terms in ORDER BY clause"),
+        ("SELECT json_array({})", 32, "too many arguments on function json_array"),
+        ("SELECT printf('%s', {}, 1)", 30, "too many arguments on function printf"),
+    ],
+)
+def test_a_row_and_a_call_have_a_limit_of_values_because_each_may_be_long(
+    cache: Cache, query: str, limit: int, error: str
+) -> None:
+    assert len(run_query(cache, query.format(", ".join("1" * limit)))) == 1
+    with pytest.raises(InvalidQuery, match=rf"^{error}: use at most {32 if 'arguments' in error else 100}$"):
+        run_query(cache, query.format(", ".join("1" * (limit + 1))))
+
+
 @pytest.mark.slow
 def test_a_loop_of_long_steps_is_stopped(cache: Cache) -> None:
     began = time.process_time()
