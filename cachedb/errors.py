@@ -267,7 +267,8 @@ def query_timeout_error(seconds: float) -> CacheError:
 def explain(error: OSError) -> str:
     """Return an operating system error as text: the reason, the file, and advice."""
     reason = error.strerror or str(error)
-    file = "" if error.filename is None else f": {error.filename!r}"
+    named = isinstance(error.filename, (str, bytes))  # not a descriptor, such as os.listdir's
+    file = f": {error.filename!r}" if named else ""
     advice = _ADVICE.get(error.errno or 0)
     if error.errno == errno.ENOSPC and isinstance(error.filename, str) and space.has_no_inodes(error.filename):
         reason = "the file system has no free inodes"

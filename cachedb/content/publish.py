@@ -95,6 +95,8 @@ def receive(
         DigestMismatch: if the content has another digest or size.
         StorageError: if the file cannot be written.
     """
+    if write:
+        session.check_reserve()
     path, opened = (session.new_path(digest), session.opened) if write else (None, None)
     folder = opened.descriptor if opened else None
     try:

@@ -166,6 +166,10 @@ class Session:
         """Whether a group shares the cache, so that the group must be able to read its files."""
         return is_shared(os.fstat(self._database.folders.root))  # an administrator may share the cache while it is open
 
+    def check_reserve(self) -> None:
+        """Raise `StorageError` if new content would use the reserve of the cache."""
+        self._database.reserve.check()
+
     def discard(self, path: Path | None) -> None:
         """Remove a file of this session; a failure is not raised, and a parent process's file stays."""
         with self._guard:

@@ -13,7 +13,7 @@ from cachedb import space
 from cachedb.disk import downloads
 from cachedb.disk.existence import exists
 from cachedb.disk.folders import Folders
-from cachedb.errors import CacheError, StorageError, ignore_os_errors
+from cachedb.errors import CacheError, StorageError, ignore_os_errors, os_errors
 
 __all__ = ["NO_ROOM_ERRNOS", "RESERVE_BYTES", "Reserve", "find_quota_user", "is_full"]
 
@@ -23,6 +23,7 @@ NO_ROOM_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 )  # no file can be made or extended; reading may work
 RESERVE_BYTES = 1024 * 1024
+_LEAST_BYTES = RESERVE_BYTES // 4  # a smaller part of the reserve would not hold the WAL of a removal
 # SQLite needs two for index.db-wal and index.db-shm, a session needs two, and locks need the rest.
 _RESERVE_INODES = 8
 
@@ -40,6 +41,7 @@ class Reserve:
         self._directory = directory
         self._open_folders = open_folders
         self._gave_up = False
+        self._gave_up_space = False
 
     def keep(self) -> None:
         """Make the missing files of the reserve, if the disk has room for them."""
@@ -52,6 +54,20 @@ class Reserve:
         if self._gave_up:
             self._gave_up = False
             self.keep()
+
+    def check(self) -> None:
+        """Raise if new content would use the space of the reserve, which SQLite needs to free a full disk.
+
+        Opening the cache on a full disk gives up the reserve.
+
+        Raises:
+            StorageError: if this process gave up the reserve, and the disk has no room for it now.
+        """
+        if self._gave_up_space:
+            self._keep_bytes()
+            if self._gave_up_space:
+                with os_errors("write to the cache"):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep_inodes(self) -> None:
         if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last one made
@@ -79,12 +95,13 @@ class Reserve:
         path = self._directory / "reserve"
         with ignore_os_errors():
             if exists(path) and path.stat().st_size >= RESERVE_BYTES:
+                self._gave_up_space = False
                 return
             descriptor = self._open_folders().make_file("reserve")
             try:
                 if os.fstat(descriptor).st_nlink > 1:
                     return  # somebody linked another file here
-                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+                self._gave_up_space = not _allocate(descriptor)
             except OSError as error:
                 # EFBIG is a limit on our file sizes; the disk may not be full.
                 if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:
@@ -122,7 +139,8 @@ class Reserve:
                 freed = downloads.remove_stale_downloads(self._open_folders(), age=0, user=user)
             with ignore_os_errors():
                 folders = self._open_folders()  # keeps its descriptor open
-                freed = _unlink("reserve", folders.root, user) or freed
+                if _unlink("reserve", folders.root, user):
+                    freed = self._gave_up_space = True
             if freed:
                 return (again or work)()
             raise
@@ -139,6 +157,22 @@ def find_quota_user(error: StorageError) -> int | None:
     Only files of this user take space from the quota. Without a quota, the files of all users take the space.
     """
     return os.geteuid() if error.errno == errno.EDQUOT else None
+
+
+def _allocate(file: int, size: int = RESERVE_BYTES) -> bool:
+    """Allocate the space of the reserve, or a part if the disk has no room for all; return whether it is all.
+
+    Raises:
+        OSError: if the disk has too little room, or the file system cannot allocate space.
+    """
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or size == _LEAST_BYTES:
+            raise
+        _allocate(file, size // 2)
+        return False
+    return True
 
 
 def _unlink(name: str, folder: int, user: int | None) -> bool:

@@ -82,6 +82,7 @@ def _fetch_once(
             holds.append(held)
             advance(blob.size)
             return
+        database.reserve.check()
         content = source.download(blob, count)
         try:
             single_flight.check_claim(directory, key)

@@ -376,6 +376,15 @@ def test_a_process_opens_a_cache_400_times_and_a_hundred_threads_share_one(direc
     assert run_python(script, directory) == "100\n"
 
 
+def test_an_error_does_not_name_a_descriptor_as_a_file() -> None:
+    with (
+        Path(__file__).open("rb") as file,
+        pytest.raises(StorageError, match=r"^cannot work: Not a directory$"),
+        os_errors("work"),
+    ):
+        os.listdir(file.fileno())
+
+
 # A full disk
 
 
@@ -388,10 +397,59 @@ def full_disk(disk: Path) -> Path:
         for digest, data in MADE.blobs.items():
             cache.save_blob(digest, data)
         cache.save_manifest("app:1", MADE.manifest)
-    with (disk / "full").open("wb", buffering=0) as file, suppress(OSError):
+    fill(disk / "full")
+    return disk / "cache"
+
+
+def fill(path: Path) -> None:
+    """Write to a new file until the disk is full."""
+    with path.open("xb", buffering=0) as file, suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    return disk / "cache"
+
+
+def test_new_content_does_not_use_the_reserve_that_a_full_disk_needs(full_disk: Path, tmp_path: Path) -> None:
+    archive = make.write(tmp_path / "new.tar", make.oci_files({"new:1": make.image(9)}))
+    with Registry() as remote, Cache.open(full_disk) as cache:
+        remote.add(make.image(8), "app", "1")
+        for write in (
+            lambda: cache.add_blob(b"new"),
+            lambda: cache.cache_from_tar(archive),
+            lambda: cache.pull(f"{remote.host}/app:1"),
+        ):
+            with pytest.raises(StorageError, match="No space left on device: free some space"):
+                write()
+        assert not [request for request in remote.requests if "/blobs/" in request.path]
+        cache.tag("app:1", "app:2")
+        assert cache.remove_manifest("app:1", "app:2").blobs == 4
+        assert cache.collect_garbage().blobs == 600
+        assert [str(image.name) for image in cache.cache_from_tar(archive)] == ["new:1"]
+    check(full_disk)
+
+
+def test_new_content_does_not_use_what_was_left_of_the_reserve(full_disk: Path) -> None:
+    os.truncate(full_disk / "reserve", 200 * 1024)
+    fill(full_disk.parent / "rest")
+    with Cache.open(full_disk) as cache:
+        assert not (full_disk / "reserve").exists()
+        with pytest.raises(StorageError, match="No space left on device: free some space"):
+            cache.add_blob(b"new")
+        (full_disk.parent / "rest").unlink()
+        cache.add_blob(b"new")
+
+
+def test_a_part_of_the_reserve_is_kept_when_there_is_no_room_for_all_of_it(full_disk: Path) -> None:
+    (full_disk / "reserve").rename(full_disk.parent / "taken")
+    os.truncate(full_disk.parent / "taken", 400 * 1024)
+    with Cache.open(full_disk):
+        assert 256 * 1024 <= (full_disk / "reserve").stat().st_size < 1024 * 1024
+    fill(full_disk.parent / "rest")
+    with Cache.open(full_disk) as cache:
+        assert cache.remove_manifest("app:1").blobs == 4
+        assert cache.collect_garbage().blobs == 600
+    (full_disk.parent / "full").unlink()
+    Cache.open(full_disk).close()
+    assert (full_disk / "reserve").stat().st_size == 1024 * 1024
 
 
 @pytest.mark.slow

@@ -69,6 +69,17 @@ def test_an_ambiguous_digest_is_refused_with_some_candidates(cachedb: Run, fille
     assert filled.get_blob(LAYER[:31]) == MADE.layers[0]
 
 
+@pytest.mark.parametrize(("count", "listed", "ends"), [(3, 3, ""), (4, 3, ", ...")])
+def test_the_error_of_an_ambiguous_digest_lists_three_candidates(
+    cache: Cache, count: int, listed: int, ends: str
+) -> None:
+    others = [LAYER[:30] + str(digit) * (len(LAYER) - 30) for digit in range(count)]
+    for other in others:
+        add_missing_blob(cache, other)
+    with pytest.raises(InvalidDigest, match=f"give more digits of {', '.join(others[:listed])}{ends}$"):
+        cache.has_blob(LAYER[:30])
+
+
 def test_sha512_digests_have_their_algorithm_in_front(cache: Cache) -> None:
     digest = cache.add_blob(b"data", algorithm="sha512")
     assert cache.get_blob(digest[:20]) == b"data"

@@ -193,6 +193,14 @@ def test_the_wait_for_another_backup_ends_when_this_one_begins(cache: Cache, mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("digits", "is_number"), [(18, True), (19, False)])
+def test_the_number_of_a_backup_has_up_to_18_digits(cache: Cache, digits: int, is_number: bool) -> None:
+    first = upgrade.back_up(cache.directory)
+    other = first.with_name(f"{'1' * digits}-0006.db")
+    other.touch()
+    assert backups.list_backups(cache.directory) == ([other, first] if is_number else [first, other])
+
+
 def test_no_folder_with_the_name_of_a_backup_blocks_a_backup(cache: Cache) -> None:
     save(cache, "app:1", make.image(1))
     names = (f".backup-{'0' * 32}", "000007-0005-before-0006.db", "000008-rebuilt.db", f"{'9' * 240}-0006.db")

@@ -10,16 +10,20 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 from alembic import command
+from sqlalchemy import literal, select
 
 from cachedb import Cache, CacheError, DamagedIndex, NotACache, NotInCache, StorageError
 from cachedb.index import drift, schema
 from cachedb.index.sqlite import connection
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.lookups import Lookups
 from cachedb.operations import rebuild, restore
 from tests.conftest import is_open
 from tests.support.index_file import change_index
@@ -156,3 +160,17 @@ def test_a_connection_whose_pragma_fails_is_closed(
     with pytest.raises(StorageError), index.raw():
         pass
     assert [is_open(connection) for connection in opened] == [False]
+
+
+def test_five_idle_connections_are_kept_for_look_ups(directory: Path) -> None:
+    together = Barrier(8)
+
+    def is_current(_: object) -> bool:
+        together.wait(60)  # so that each thread has a connection of its own
+        return True
+
+    with Cache.open(directory) as cache, ThreadPoolExecutor(8) as pool:
+        lookups = Lookups(cache._database._open, is_current)
+        list(pool.map(lambda _: lookups.find(select(literal(1)), {}), range(8)))
+        assert len(lookups._idle) == 5
+        lookups.close()
