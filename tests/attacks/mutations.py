@@ -279,7 +279,7 @@ MUTATIONS = [
     Mutation("a quota is that of a user", "cachedb/disk/reserve.py", "    return os.geteuid() if error.errno == errno.EDQUOT else None\n", "    return None\n", "tests/disk/test_full_disks.py -k full_quota"),
     Mutation("the reserve includes inodes", "cachedb/disk/reserve.py", "            self._keep_inodes()\n", "            pass\n", "tests/disk/test_full_disks.py -k our_own_names"),
     Mutation("a blob on a full disk does not use the reserve", "cachedb/content/publish.py", "        session.check_reserve()\n", "        pass\n", "tests/attacks/test_limits.py -k does_not_use_the_reserve"),
-    Mutation("a download on a full disk does not use the reserve", "cachedb/operations/fetch_blob.py", "        database.reserve.check()\n", "", "tests/attacks/test_limits.py -k does_not_use_the_reserve"),
+    Mutation("a download on a full disk does not use the reserve", "cachedb/operations/fetch_blob.py", "        database.reserve.check()\n", "", "tests/attacks/test_limits.py -k download_does_not"),
     Mutation("a reserve that was given up is missed", "cachedb/disk/reserve.py", "                    freed = self._gave_up_space = True\n", "                    freed = True\n", "tests/attacks/test_limits.py -k what_was_left"),
     Mutation("content is written again once the reserve is back", "cachedb/disk/reserve.py", "                self._gave_up_space = not _allocate(descriptor)\n", "                _allocate(descriptor)\n", "tests/attacks/test_limits.py -k does_not_use_the_reserve"),
     Mutation("a part of the reserve is kept", "cachedb/disk/reserve.py", "        _allocate(file, size // 2)\n", "        raise\n", "tests/attacks/test_limits.py -k part_of_the_reserve"),

@@ -419,12 +419,23 @@ def test_new_content_does_not_use_the_reserve_that_a_full_disk_needs(full_disk: 
         ):
             with pytest.raises(StorageError, match="No space left on device: free some space"):
                 write()
-        assert not [request for request in remote.requests if "/blobs/" in request.path]
         cache.tag("app:1", "app:2")
         assert cache.remove_manifest("app:1", "app:2").blobs == 4
         assert cache.collect_garbage().blobs == 600
         assert [str(image.name) for image in cache.cache_from_tar(archive)] == ["new:1"]
     check(full_disk)
+
+
+def test_a_download_does_not_use_the_reserve(disk: Path) -> None:
+    made = make.image(8)
+    with Cache.open(disk / "cache") as cache:
+        cache.save_manifest("app:1", made.manifest)  # so that only blobs are missing
+    fill(disk / "full")
+    with Registry() as remote, Cache.open(disk / "cache") as cache:
+        remote.add(made, "app", "1")
+        with pytest.raises(StorageError, match="No space left on device: free some space"):
+            cache.pull(f"{remote.host}/app:1")
+        assert not [request for request in remote.requests if "/blobs/" in request.path]
 
 
 def test_new_content_does_not_use_what_was_left_of_the_reserve(full_disk: Path) -> None:
@@ -434,7 +445,7 @@ def test_new_content_does_not_use_what_was_left_of_the_reserve(full_disk: Path) 
         assert not (full_disk / "reserve").exists()
         with pytest.raises(StorageError, match="No space left on device: free some space"):
             cache.add_blob(b"new")
-        (full_disk.parent / "rest").unlink()
+        (full_disk.parent / "full").unlink()
         cache.add_blob(b"new")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, DigestMismatch, InvalidManifest, InvalidName, NotInCache, RegistryError
+from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.registry import repository
 from tests.conftest import Run
 from tests.support import make
@@ -69,6 +70,22 @@ def test_indexes_in_each_other_end(cache: Cache, remote: Registry) -> None:
         cache.inspect_remote(f"{remote.host}/app:deep", platform="linux/s390x")
     with pytest.raises(NotInCache, match="is not for platform 'linux/arm64'"):
         cache.inspect_remote(f"{remote.host}/app:deep", platform="linux/arm64")
+
+
+@pytest.mark.parametrize(("indexes", "found"), [(7, True), (8, False)])
+def test_seven_indexes_may_lead_to_a_manifest(cache: Cache, remote: Registry, indexes: int, found: bool) -> None:
+    data, media_type = IMAGE.manifest, OCI_MANIFEST
+    for _ in range(indexes):
+        remote.add_manifest(data, "app", "deep")
+        entry = make.descriptor(data, media_type)
+        media_type = OCI_INDEX
+        data = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}).encode()
+    remote.add_manifest(data, "app", "deep")
+    if found:
+        assert cache.inspect_remote(f"{remote.host}/app:deep").manifest == IMAGE.digest
+    else:
+        with pytest.raises(InvalidManifest, match="is nested too deeply"):
+            cache.inspect_remote(f"{remote.host}/app:deep")
 
 
 def test_a_config_is_verified(cache: Cache, remote: Registry) -> None:

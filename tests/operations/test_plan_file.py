@@ -61,6 +61,11 @@ def test_a_wrong_field_is_named_with_its_place(change: dict[str, Any], message: 
     assert error.endswith(": write a plan with `cachedb prune --plan FILE`")
 
 
+def test_a_rule_has_up_to_100_characters() -> None:
+    (image,) = parse_plan(json.dumps({"images": [{**ENTRY, "rule": "x" * 100}]}), "plan")
+    assert image.rule == "x" * 100
+
+
 @pytest.mark.parametrize("missing", ENTRY)
 def test_a_missing_field_is_named(missing: str) -> None:
     with pytest.raises(InvalidPolicy, match=rf"images\[0\] is wrong \({missing} is None\): write a plan"):

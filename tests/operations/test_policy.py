@@ -54,6 +54,7 @@ MEANING = Policy(
 def test_a_policy_means_what_its_words_say() -> None:
     assert parse_policy(EXAMPLE) == MEANING
     assert parse_policy("") == Policy()
+    assert parse_policy('[limits]\nmax-size = "1000000"') == Policy(limits=Limits(max_size=1_000_000))
 
 
 def test_each_value_can_be_written_in_each_of_its_forms() -> None:
@@ -82,6 +83,7 @@ def test_each_value_can_be_written_in_each_of_its_forms() -> None:
         ("[limits]\nmax-size = 200", 2, "max-size: 200 is not a size"),
         ('[limits]\nmax-size = "much"', 2, "max-size: 'much' is not a size"),
         ('[limits]\nmax-size = "15"', 2, """max-size: '15' has no unit: write "15GB", or "15B" for bytes"""),
+        ('[limits]\nmax-size = "999999"', 2, "max-size: '999999' has no unit"),
         ('[limits]\nmin-free = " 15"', 2, """min-free: '15' has no unit: write "15%" or "15GB", or "15B" for bytes"""),
         ('[limits]\nmin-free = "101%"', 2, "min-free: '101%' is neither a percentage nor a size"),
         ("[limits]\nmin-free = 0.15", 2, "min-free: 0.15 is neither a percentage nor a size"),

@@ -147,6 +147,15 @@ def test_a_blob_of_another_repository_is_mounted(cache: Cache, remote: Registry)
     assert remote.uploads == {}
 
 
+def test_a_mount_is_tried_from_three_repositories(cache: Cache, remote: Registry) -> None:
+    for name in "abcd":
+        cache.tag("app:1", f"{remote.host}/{name}:1")  # the registry has none of them
+    pushed = cache.push("app:1", f"{remote.host}/app:1")
+    assert (pushed.mounted, pushed.blobs) == (0, 3)
+    tried = [request.query["from"] for request in remote.requests if "from" in request.query]
+    assert sorted(tried) == sorted("abc" * 3)
+
+
 def test_a_blob_that_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         remote.grants = lambda repository, action: repository != "secret"
