@@ -36,7 +36,7 @@ _TEMPORARY_BYTES = 1024**3  # a query may write so much to that file, and SQLite
 _MEASURE_SECONDS = 0.1  # between two looks at SQLite's files
 _OPEN_FILES = "/proc/self/fd"
 _STORAGE_CODES = frozenset(
-    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}
+    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 )
 _ALLOWED_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION}
@@ -253,10 +253,16 @@ class _Rows:
 
     def _write(self) -> None:
         data = marshal.dumps(self._batch)
-        with os_errors("write the rows of the query to a temporary file"):
+        try:
             self._file.write(len(data).to_bytes(8, "little"))
             self._file.write(data)
             size = self._file.tell()
+        except OSError as error:
+            # Without an errno: a full folder of temporary files must not cost the cache its reserve.
+            raise CacheError(
+                f"cannot write the rows of the query to a temporary file: {error.strerror or error}: "
+                "name a folder with enough space in TMPDIR"
+            ) from error
         if size > _TEMPORARY_BYTES:
             raise CacheError(
                 f"the rows of the query take over {format_size(_TEMPORARY_BYTES)}: select fewer, or use stream=True"
@@ -349,6 +355,10 @@ def _translate_errors(
                 raise _Stopped from None
             assert timeout is not None
             raise query_timeout_error(timeout) from None
+        if code == sqlite3.SQLITE_FULL:  # a query writes nothing else
+            raise CacheError(
+                "there is no space for SQLite's temporary files: name a folder with enough space in SQLITE_TMPDIR"
+            ) from None
         if code in _STORAGE_CODES:
             raise
         if function := re.match("not authorized to use function: (.+)", message):

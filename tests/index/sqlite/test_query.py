@@ -21,11 +21,14 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, InvalidQuery
+from cachedb.disk.layout import partial_path
 from cachedb.index.sqlite import query as query_module
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from tests.cli.test_main import run_on_terminal
 from tests.conftest import Run
 from tests.support import make
+from tests.support.mounting import mounted
 from tests.support.processes import cpu_seconds
 from tests.support.waiting import wait_until
 
@@ -238,6 +241,35 @@ def test_the_file_of_a_result_has_a_size_limit(cache: Cache, monkeypatch: pytest
     message = r"^the rows of the query take over 1\.05 MB: "
     with pytest.raises(CacheError, match=message), cache.sql(ENDLESS.format("x"), timeout=60):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("order", "command", "variable"),
+    [
+        ("", "prune", "TMPDIR"),
+        ("ORDER BY x LIMIT 9 OFFSET 149000", "prune", "SQLITE_TMPDIR"),
+        ("ORDER BY x LIMIT 9 OFFSET 149000", "sql", "SQLITE_TMPDIR"),
+    ],
+)
+def test_a_full_folder_of_temporary_files_is_named_and_costs_the_cache_nothing(
+    cache: Cache, tmp_path: Path, order: str, command: str, variable: str
+) -> None:
+    query = f"SELECT x FROM ({ENDLESS.format('hex(randomblob(20)) AS x')} LIMIT 150000) {order}"
+    cache.set_policy(f'[[remove]]\nsql = "{query}"\n')
+    partial = partial_path(cache.directory, Digest(make.digest_of(b"x")))
+    partial.parent.mkdir()
+    partial.write_bytes(b"begun")
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as small:
+        # A process of its own, because Python and SQLite read the variables once.
+        arguments = ["sql", query] if command == "sql" else ["prune"]
+        run = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), *arguments]
+        environment = {**os.environ, variable: str(small)}
+        full = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert (full.returncode, full.stderr.count("\n")) == (1, 1)
+    assert f"name a folder with enough space in {variable}" in full.stderr
+    assert partial.exists()
+    assert (cache.directory / "reserve").exists()
 
 
 def test_a_query_reads_one_snapshot_and_blocks_no_writer(cache: Cache) -> None:
