@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, InvalidArchive, InvalidManifest, RegistryError, oci
+from cachedb import Cache, CacheError, InvalidArchive, InvalidManifest, RegistryError, StorageError, oci
 from cachedb import text as plain_text
 from cachedb.cli import output
 from cachedb.content import last_used
@@ -106,6 +106,31 @@ def test_an_archive_is_read_up_to_the_limit_of_members(tmp_path: Path, monkeypat
     assert open_tar(tmp_path, make.tar_of({f"f{n}": b"" for n in range(10)})).find("f9")
     with pytest.raises(InvalidArchive, match="more than 10 members"):
         open_tar(tmp_path, make.tar_of({f"f{n}": b"" for n in range(11)}))
+
+
+@pytest.mark.parametrize(("limit", "is_read"), [(5, True), (4, False)])
+def test_the_names_of_an_archive_are_read_up_to_the_limit_of_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, is_read: bool
+) -> None:
+    monkeypatch.setattr(files, "_NAMES_LIMIT", limit)
+    data = make.tar_of({"abc": b"", "de": b""})
+    if is_read:
+        assert open_tar(tmp_path, data).find("de")
+    else:
+        with pytest.raises(InvalidArchive, match="names of more than 4 characters"):
+            open_tar(tmp_path, data)
+
+
+@pytest.mark.parametrize(("written", "fits"), [(3 * 10 * 4096, True), (3 * 10 * 4096 + 1, False)])
+def test_an_archive_unpacks_to_three_bytes_for_each_free_byte(
+    monkeypatch: pytest.MonkeyPatch, written: int, fits: bool
+) -> None:
+    monkeypatch.setattr(os, "fstatvfs", lambda _file: SimpleNamespace(f_bavail=10, f_frsize=4096))
+    if fits:
+        files._check_space(0, written)
+    else:
+        with pytest.raises(StorageError, match="has only 41 kB left"):
+            files._check_space(0, written)
 
 
 def tar_with_links(count: int) -> bytes:
