@@ -61,7 +61,7 @@ class Closable(Protocol):
 
 F = TypeVar("F", bound=OwnFile)
 
-_open_files: set[OwnFile] = set()
+_open_files: weakref.WeakSet[OwnFile] = weakref.WeakSet()  # weak: a file that an interrupt loses is closed
 _guard = threading.RLock()  # held while a file is opened, so that no fork misses it; reentrant for signal handlers
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
@@ -80,8 +80,8 @@ def open_own(open_file: Callable[[], F]) -> F:
 
 def close_own(file: OwnFile) -> None:
     """Close a file that `open_own` opened."""
-    _open_files.discard(file)
     file.close()
+    _open_files.discard(file)
 
 
 @contextmanager

@@ -56,14 +56,14 @@ def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
         file = open_own(lambda: FileIO(path, "r+", opener=_open_or_create))
         try:
             _lock(path, file.fileno(), fcntl.LOCK_EX, wait)
+            if leads_to(path, file.fileno()):
+                return file
         except BlockingIOError:
             close_own(file)
             return None
         except BaseException:
             close_own(file)
             raise
-        if leads_to(path, file.fileno()):
-            return file
         close_own(file)
 
 
@@ -96,6 +96,8 @@ def hold_folder_lock(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
 class _LockFolder:
     """An open folder, which `FileIO` refuses."""
 
+    closed = True  # also if the constructor fails
+
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.closed = False
@@ -109,6 +111,8 @@ class _LockFolder:
         if not self.closed:
             self.closed = True
             os.close(self._descriptor)
+
+    __del__ = close
 
 
 def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
@@ -178,9 +182,11 @@ def hold_lock(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
         lock_holders.write_record(file.fileno())
         yield file
     finally:
-        if not file.closed:  # in a forked child it is closed, and the record belongs to the parent
-            lock_holders.clear_record(file.fileno())
-        release(file)
+        try:
+            if not file.closed:  # in a forked child it is closed, and the record belongs to the parent
+                lock_holders.clear_record(file.fileno())
+        finally:
+            release(file)
 
 
 def read_holder_of(path: Path) -> Process | None:

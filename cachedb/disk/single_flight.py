@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 from cachedb.disk import byte_locks, lock_holders, locks
 from cachedb.disk.folders import Folders, Leftover, is_shared, set_aside
@@ -49,7 +50,7 @@ _STALLED_SECONDS = 30.0  # after so long without progress, a claim may be taken 
 _REMOVAL_BYTE = 1 << 40  # the byte that a process locks in a claim's file while it unlinks the file
 _REMOVAL_SECONDS = 1.0  # how long to wait for that lock, which is held for a moment
 _of_thread = threading.local()
-_claims: dict[Path, FileIO] = {}  # the lock files of this process's claims
+_claims: WeakValueDictionary[Path, FileIO] = WeakValueDictionary()  # the lock files of this process's claims
 _progress_noted: dict[Path, float] = {}  # when progress was last noted
 _guard = threading.RLock()  # held while a claim's descriptor is used, so that nobody closes it; a signal may interrupt
 # A forked child has none of its parent's claims.
@@ -96,10 +97,10 @@ def _is_planted(path: Path, error: OSError) -> bool:
 
 
 def _release_claim(path: Path, lock: FileIO) -> None:
-    with no_fork(), _guard:  # a file opened after the close may get the descriptor's number
-        if _claims.get(path) is lock:
-            del _claims[path]
     try:
+        with no_fork(), _guard:  # a file opened after the close may get the descriptor's number
+            if _claims.get(path) is lock:
+                del _claims[path]
         with ignore_os_errors():  # the next open removes it
             _remove(path, lock)
     finally:

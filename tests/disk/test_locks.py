@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from cachedb.disk import byte_locks, folders, forks, locks, turns
+from cachedb.disk import byte_locks, folders, forks, lock_holders, locks, turns
 from cachedb.disk.regular import open_regular
 from tests.conftest import run_python, running
 from tests.support.processes import read_state
@@ -88,6 +89,37 @@ def test_locking_and_failing_to_lock_leave_no_file_open(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         locks.acquire(tmp_path / "nowhere" / "lock")
     assert count_open_files() == before
+
+
+def test_an_interrupt_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "lock"
+    monkeypatch.setattr(locks, "leads_to", interrupt)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        locks.acquire(path)
+    monkeypatch.undo()
+    assert is_free(path), "after an interrupt of the check behind the lock"
+    monkeypatch.setattr(lock_holders, "clear_record", interrupt)
+    with pytest.raises(KeyboardInterrupt) as raised_again, locks.hold_lock(path):
+        pass
+    monkeypatch.undo()
+    assert is_free(path), "after an interrupt at the end of the block"
+    del raised, raised_again  # until here they kept the frames, and with them the files
+
+
+def test_the_lock_of_a_file_that_an_interrupt_loses_is_released(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        locks.acquire(path)  # an interrupt came before the caller got the file
+        assert is_free(path)
+    folder = forks.open_own(lambda: locks._LockFolder(tmp_path))
+    descriptor = folder.fileno()
+    del folder
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_a_waiter_for_an_unlinked_lock_file_locks_the_new_one(tmp_path: Path) -> None:

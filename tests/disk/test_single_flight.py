@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -295,7 +296,7 @@ def test_the_next_one_takes_over_if_produce_is_killed_in_its_command(directory: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Signals, code: int) -> None:
     with start_produce(directory, "-c", SLEEP) as process:
         assert process.stdout is not None
@@ -309,7 +310,7 @@ def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Si
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_produce_ends_a_command_that_has_just_begun(
     directory: Path, number: signal.Signals, code: int
 ) -> None:
@@ -343,20 +344,23 @@ main()
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_of_produce_kills_its_command(directory: Path) -> None:
+@pytest.mark.parametrize("by", ["produce", "a command of produce"])
+def test_a_second_interrupt_of_produce_kills_a_process_that_was_started(directory: Path, by: str) -> None:
     stubborn = """
-import os, signal, time
+import os, signal
 signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 print(os.getpid(), flush=True)
 while True:
-    time.sleep(1)
+    signal.pause()
+    print("goes on", flush=True)
 """
-    with start_produce(directory, "-c", stubborn) as process:
+    started = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stubborn!r}])"
+    with start_produce(directory, "-c", stubborn if by == "produce" else started) as process:
         assert process.stdout is not None
         command = int(process.stdout.readline())
         process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "asked\n"
+        assert [process.stdout.readline() for _ in range(2)] == ["asked\n", "goes on\n"]
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     try:
@@ -364,6 +368,21 @@ while True:
     finally:
         with suppress(ProcessLookupError):
             os.kill(command, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_signal_to_produce_ends_all_processes_that_its_command_started(directory: Path) -> None:
+    shell = f"""
+import os, sys
+alone = "import os; os.setpgid(0, 0); "  # without the process group, as a job of an interactive shell
+os.execvp("sh", ["sh", "-c", '"$0" -c "$1" & "$0" -c "$2"; true', sys.executable, {SLEEP!r}, alone + {SLEEP!r}])
+"""
+    with start_produce(directory, "-c", shell) as process:
+        assert process.stdout is not None
+        started = [int(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        assert not any(map(is_alive, started))
 
 
 @pytest.mark.slow
@@ -449,6 +468,28 @@ def test_another_kind_of_file_in_the_place_of_a_claim_is_set_aside(cache: Cache,
     assert thesis.read_text() == "the only copy"
     (left,) = (path for path in (cache.directory / "locks").iterdir() if path.name.startswith(place.name))
     assert [problem.path for problem in cache.verify().problems] == [left]
+
+
+def test_an_interrupt_while_a_claim_is_released_leaves_no_claim(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(single_flight, "no_fork", interrupt)
+    with pytest.raises(KeyboardInterrupt) as raised, cache.producing("app:1"):
+        pass
+    monkeypatch.undo()
+    assert single_flight.list_claims(cache.directory) == []
+    with cache.producing("app:1"):
+        assert len(single_flight.list_claims(cache.directory)) == 1
+    del raised  # until here it kept the frames, and with them the file
+
+
+def test_the_claim_of_a_file_that_an_interrupt_loses_is_released(cache: Cache) -> None:
+    path = single_flight._claim_path(cache.directory, "blob 1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        single_flight._take_claim(path, "blob 1")  # an interrupt came before the caller got the file
+        assert single_flight.list_claims(cache.directory) == []
 
 
 def test_noted_progress_changes_no_other_file(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
