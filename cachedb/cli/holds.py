@@ -23,6 +23,7 @@ from cachedb.cli.options import (
     output_options,
     quiet_option,
 )
+from cachedb.cli.process_tree import end_with_descendants
 from cachedb.cli.signals import delaying_signals
 from cachedb.errors import CacheError
 from cachedb.text import format_age, format_size
@@ -122,7 +123,7 @@ def produce(name: str, command: tuple[str, ...]) -> None:
 
     Of several processes that want the same image, one runs its command and the others wait. If that command fails or
     is killed, the next process runs its own. The command finds the cache directory in CACHEDB_DIR. The exit code is
-    the command's.
+    the command's. An interrupt of cachedb also ends the command and all processes that it started, except daemons.
     """
     import subprocess
 
@@ -162,12 +163,7 @@ def produce(name: str, command: tuple[str, ...]) -> None:
             code = process.wait()
         except BaseException:
             if process is not None:
-                try:
-                    process.terminate()
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(timeout=10)
-                finally:  # also after a second interrupt
-                    process.kill()
+                end_with_descendants(process)
             raise
         if code:
             click.get_current_context().exit(code if code > 0 else 128 - code)

@@ -50,7 +50,9 @@ def main() -> NoReturn:
     # Importing SQLAlchemy creates many objects and no garbage, so Python's garbage collector would only cost time.
     gc_.disable()
     signal.signal(signal.SIGTERM, exit_terminated)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` ignores it; keep that
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # `nohup` ignores it; keep that
+        signal.signal(signal.SIGHUP, exit_terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it; keep that
         signal.signal(signal.SIGINT, raise_interrupt)
     try:
         if COMPLETE_VARIABLE in os.environ:

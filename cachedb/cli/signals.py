@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["delaying_signals", "exit_terminated", "finished", "raise_interrupt", "received_signals"]
+__all__ = ["ENDING_SIGNALS", "delaying_signals", "exit_terminated", "finished", "raise_interrupt", "received_signals"]
 
+
+ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+"""The signals that end a command after it has cleaned up; a closed terminal sends SIGHUP."""
 
 _PATIENCE_SIGNALS = 2  # signals that let a command clean up
 
@@ -19,10 +22,10 @@ finished: list[bool] = []  # not empty once the command has finished
 
 
 def exit_terminated(number: int, _frame: object) -> NoReturn:
-    """Exit with 143, the code a shell reports for SIGTERM."""
+    """Exit with the code that a shell reports for the signal: 143 for SIGTERM, 129 for SIGHUP."""
     received_signals.append(number)
-    _exit_if_finished(143)
-    sys.exit(143)
+    _exit_if_finished(128 + number)
+    sys.exit(128 + number)
 
 
 def raise_interrupt(number: int, _frame: object) -> NoReturn:
@@ -34,10 +37,10 @@ def raise_interrupt(number: int, _frame: object) -> NoReturn:
 
 @contextmanager
 def delaying_signals() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM until the end of the block, so that the block ends whole."""
+    """Delay `ENDING_SIGNALS` until the end of the block, so that the block ends whole."""
     delayed: list[int] = []
     # A signal that is ignored stays so, also for a command that the block starts.
-    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    handled = [number for number in ENDING_SIGNALS if callable(signal.getsignal(number))]
     before = {number: signal.signal(number, lambda number, _frame: delayed.append(number)) for number in handled}
     try:
         yield

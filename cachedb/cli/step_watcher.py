@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from cachedb.cli.signals import ENDING_SIGNALS
 from cachedb.errors import query_timeout_error
 from cachedb.threads import start
 
@@ -22,7 +23,7 @@ _GRACE_SECONDS = 1.0  # for a step to end by itself
 
 
 class StepWatcher:
-    """Exits if a step of a query goes on for some time after the query's time, or after SIGINT or SIGTERM.
+    """Exits if a step of a query goes on for some time after the query's time, or after a signal that ends it.
 
     Python runs signal handlers only between its own instructions, and SQLite can work for minutes on one of them. The
     process ends at once and cleans up nothing, so the query must change nothing. A slow reader of the output stops no
@@ -82,7 +83,7 @@ class StepWatcher:
                 received = os.read(readable, 1)
                 if not received:
                     return  # the block has ended
-                if received[0] not in (signal.SIGINT, signal.SIGTERM):
+                if received[0] not in ENDING_SIGNALS:
                     continue
                 code, text = 128 + received[0], "interrupted" if received[0] == signal.SIGINT else ""
             elif self._is_in_step and self._step == stuck:

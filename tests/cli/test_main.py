@@ -325,7 +325,7 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(cachedb: Run, archive: 
     assert (result.stdout.strip(), result.stderr) == ("10", "")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_while_python_shuts_down_ends_the_command_without_a_traceback(
     number: signal.Signals, code: int
 ) -> None:
@@ -339,6 +339,19 @@ main()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_a_command_under_nohup_outlives_its_terminal() -> None:
+    program = """
+import os, signal, sys
+import click
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+click.Group.main = lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP)
+from cachedb.cli.main import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.slow

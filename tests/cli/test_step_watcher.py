@@ -56,7 +56,9 @@ def test_a_query_that_is_stuck_ends_after_its_time(directory: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "message"), [(signal.SIGINT, "cachedb: interrupted\n"), (signal.SIGTERM, "")])
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "cachedb: interrupted\n"), (signal.SIGTERM, ""), (signal.SIGHUP, "")]
+)
 def test_a_query_that_is_stuck_ends_on_a_signal(directory: Path, number: signal.Signals, message: str) -> None:
     Cache.open(directory).close()
     with begin_query(directory, script=AT_NORMAL_PRIORITY) as process:
