@@ -71,6 +71,37 @@ def test_every_operation_works_in_an_atexit_handler(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_open_cache_works_in_an_exit_handler_that_was_registered_before_it(tmp_path: Path) -> None:
+    output = run_python(
+        """
+        import atexit, sys
+
+        def use():
+            print(len(cache.list_blobs()))
+            cache.add_blob(b"second")
+            cache.close()
+            print("done")
+
+        class User:
+            def __del__(self):
+                self.cache.add_blob(b"third")
+                self.cache.close()
+
+        atexit.register(use)
+        from cachedb import Cache
+        user = User()
+        user.cache = Cache.open(sys.argv[1])
+        cache = Cache.open(sys.argv[1])
+        cache.add_blob(b"first")
+        """,
+        tmp_path / "cache",
+    )
+    assert output.split() == ["1", "done"]
+    with Cache.open(tmp_path / "cache") as cache:
+        assert cache.collect_garbage().blobs == 3
+
+
+@pytest.mark.slow
 def test_a_thread_that_outlives_the_main_thread_can_use_the_cache(tmp_path: Path) -> None:
     archive = tmp_path / "app.tar"
     make.write(archive, make.oci_files({"app:1": make.image(1)}))

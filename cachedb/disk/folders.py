@@ -61,7 +61,7 @@ class OpenFolder:
         """
         self.descriptor = os.dup(folder)
         status = os.fstat(folder)
-        weakref.finalize(self, _close, self.descriptor, (status.st_dev, status.st_ino))
+        _close_after(self, self.descriptor, status)
 
 
 class Folders:
@@ -76,7 +76,7 @@ class Folders:
         self.directory = directory
         self.root = os.open(directory, _OPEN_FOLDER)
         self.status = os.fstat(self.root)
-        weakref.finalize(self, _close, self.root, (self.status.st_dev, self.status.st_ino))
+        _close_after(self, self.root, self.status)
         self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
         """Whether the cache may be a copy that was made file by file, and not checked yet."""
@@ -272,6 +272,11 @@ class Folders:
 
     def _path(self, name: str) -> str:
         return f"{self.directory}/{name}"
+
+
+def _close_after(owner: object, folder: int, status: os.stat_result) -> None:
+    """Close a folder when its owner is gone; not at the exit of Python, because exit handlers may still use it."""
+    weakref.finalize(owner, _close, folder, (status.st_dev, status.st_ino)).atexit = False
 
 
 def _close(folder: int, identity: tuple[int, int]) -> None:
