@@ -74,8 +74,9 @@ class Turn:
         os.pwrite(self._file.fileno(), b"!", 0)
 
     def unmark(self) -> None:
-        """Remove the mark, because the work is finished."""
-        os.pwrite(self._file.fileno(), b".", 0)
+        """Remove the mark, because the work is finished; do nothing if an interrupt has lost the file already."""
+        if not self._file.closed:
+            os.pwrite(self._file.fileno(), b".", 0)
 
 
 class Waiter(NamedTuple):

@@ -356,12 +356,13 @@ class Database:
     def _under_lock(self, wait: Wait | None) -> Iterator[turns.Turn]:
         """Hold the write lock; the block must check itself whether the lock was lost."""
         self.folders.check()
-        with ExitStack() as stack:
-            what = f"writing to the cache in {str(self.directory)!r}"
-            stack.enter_context(not_reentered(self.file.reentry_key, what))
-            wait = wait or stack.enter_context(self.write_wait())
-            stack.enter_context(os_errors("write to the cache"))
-            turn = stack.enter_context(turns.hold_in_turn(self.write_lock, wait))
+        # No `ExitStack`: it keeps an interrupt in a cycle of references, and with it the lock.
+        with (
+            not_reentered(self.file.reentry_key, f"writing to the cache in {str(self.directory)!r}"),
+            nullcontext(wait) if wait else self.write_wait() as begun,
+            os_errors("write to the cache"),
+            turns.hold_in_turn(self.write_lock, begun) as turn,
+        ):
             self.folders.check()  # again: the wait may have been long
             yield turn
 
@@ -414,20 +415,22 @@ class Database:
         with self.write_wait() as wait:
             outside = 0.0  # seconds waited for another program
             while True:
-                with ExitStack() as stack:
-                    turn = stack.enter_context(self._under_lock(wait))
-                    if schema:
-                        self.file.create(self.folders)
-                    if before:
-                        before()
-                        before = None
-                    try:
-                        connection = stack.enter_context(self._writing(turn, schema=schema))
-                    except (Busy, IndexChanged):
-                        pass
-                    else:
-                        yield connection
-                        return
+                may_retry = False
+                try:
+                    with self._under_lock(wait) as turn:
+                        if schema:
+                            self.file.create(self.folders)
+                        if before:
+                            before()
+                            before = None
+                        may_retry = True
+                        with self._writing(turn, schema=schema) as connection:
+                            may_retry = False
+                            yield connection
+                            return
+                except (Busy, IndexChanged):
+                    if not may_retry:
+                        raise
                 shortest, longest = _OUTSIDER_NAPS
                 nap = min(max(outside / 4, shortest), longest)
                 outside += nap
@@ -440,19 +443,20 @@ class Database:
         Raises:
             Busy: before the block, if another program is writing.
         """
-        with ExitStack() as stack:
-            stack.enter_context(forks.no_fork())
-            connection = stack.enter_context(self._engine.connect())
+        with forks.no_fork(), self._engine.connect() as connection:
             driver = driver_of(connection)
             assert isinstance(driver, CacheConnection)
-            with sqlite_errors(self.path, self.directory):
-                # Neither can be changed in a transaction; the WAL mode is stored in the file.
-                ensure_wal(driver)
+            try:
+                with sqlite_errors(self.path, self.directory):
+                    # Neither can be changed in a transaction; the WAL mode is stored in the file.
+                    ensure_wal(driver)
+                    if schema:
+                        driver.execute("PRAGMA foreign_keys = OFF")
+                with transaction(immediate(connection), turn, driver.check_memory):
+                    yield connection
+            finally:
                 if schema:
-                    stack.callback(connection.invalidate)
-                    driver.execute("PRAGMA foreign_keys = OFF")
-            stack.enter_context(transaction(immediate(connection), turn, driver.check_memory))
-            yield connection
+                    connection.invalidate()
 
     def make_read_only(self, error: StorageError) -> bool:
         """Make the cache read-only if the error is a full disk and there is an index.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, Dialect, MetaData, Table, Text, TypeDecorator, bindparam, insert, literal, select
 
-from cachedb import Cache, NotACache, NotOurs, SchemaMismatch, StorageError
+from cachedb import Busy, Cache, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import locks, turns
 from cachedb.index.sqlite import lookups
 from cachedb.index.sqlite.database import Database
@@ -867,3 +867,47 @@ def test_an_error_of_a_signal_handler_is_not_wrapped_as_an_error_of_the_statemen
 
     with index.read() as connection, pytest.raises(Interrupted):
         connection.execute(select(literal("x", Interrupting())))
+
+
+def test_a_block_that_finds_something_busy_is_not_run_again(index: Database) -> None:
+    with pytest.raises(Busy, match="another cache"), index.write():
+        raise Busy("another cache is busy", "process 1")
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_the_end_of_any_block_of_a_write_leaves_no_lock(index: Database) -> None:
+    script = """
+    import contextlib, gc, itertools, sys
+    from pathlib import Path
+    from cachedb.disk import locks
+    from cachedb.index.sqlite.database import Database
+
+    index = Database(Path(sys.argv[1]), wait=0)
+    ended = 0
+
+    def interrupt(frame, event, _argument):
+        global ended
+        if frame.f_code.co_name == "__exit__" and frame.f_code.co_filename == contextlib.__file__:
+            ended += 1
+            if ended == wanted:
+                raise KeyboardInterrupt
+
+    gc.disable()  # otherwise it releases the lock at some later time
+    for wanted in itertools.count(1):
+        ended = 0
+        try:
+            sys.settrace(interrupt)
+            with index.write():
+                pass
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        if ended < wanted:
+            break
+        assert not locks.is_held(index.write_lock), wanted
+        with index.write():  # raises if the thread seems to write still
+            pass
+    print(wanted > 10)
+    """
+    assert run_python(script, index.directory) == "True\n"
