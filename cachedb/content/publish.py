@@ -220,8 +220,10 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
     if received_in is not None:
         with os_errors("write to the cache"):
             os.fsync(received_in)
+    has_begun = False
     try:
         with database.write() as connection:
+            has_begun = True
             known = find_intact(connection, database.directory, [blob.digest for blob in files.values()])
             new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
             with ExitStack() as opened:
@@ -253,9 +255,12 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
             set_stored(connection, [blob for _, blob in new.values()])
             yield connection
     except BaseException:
-        if received_in is not None:
+        if received_in is not None and has_begun:
             with suppress(CacheError):  # the next open removes the rest; the first error is raised
                 retract(database, received_in, [path.name for path in files])
+        elif received_in is not None:  # nothing was published, so do not wait for the write lock again
+            for path in files:
+                discard(path.name, received_in)
         raise
     for path in files:
         session.discard(path)

@@ -68,6 +68,17 @@ def test_a_write_gives_up_after_its_time_and_names_the_lock_holder(full: Path) -
         assert str(holder.pid) in busy.value.holder
 
 
+@pytest.mark.slow
+def test_a_blob_that_cannot_be_stored_waits_only_once(full: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "cachedb")
+    with running(WRITER, full) as holder, Cache.open(full, wait=1.2) as cache:
+        os.kill(holder.pid, signal.SIGSTOP)
+        with pytest.raises(Busy):
+            cache.add_blob(b"1")
+        assert sum(record.message.startswith("waited for process") for record in caplog.records) == 1
+        assert not list((full / "ingest" / cache._session.id).iterdir())
+
+
 def test_a_wait_ends_after_its_time() -> None:
     wait = waiting.Wait("it", 0.05)
 
