@@ -20,6 +20,7 @@ from cachedb.errors import (
 from cachedb.oci.digests import Digest, is_digest, parse_digest
 
 __all__ = [
+    "OLDEST",
     "POLICY_FILE",
     "REVISION",
     "UNFINISHED_INDEX",
@@ -29,6 +30,7 @@ __all__ = [
     "choose_directory",
     "default_directory",
     "has_blobs",
+    "is_inside",
     "is_received",
     "is_session",
     "list_blob_files",
@@ -46,6 +48,9 @@ __all__ = [
 REVISION = "0007"
 """The newest migration; it is here and not in `cachedb.index`, to be read without SQLAlchemy."""
 
+OLDEST = 7
+"""The oldest schema whose releases can use an index of this revision: the ``oldest`` of the newest migration."""
+
 POLICY_FILE = "policy.toml"
 """The file in the cache directory that says which images to keep and to remove."""
 
@@ -61,7 +66,7 @@ _OWN_NAMES = re.compile(
 
 
 def check_destination(directory: Path, destination: Path) -> None:
-    """Raise if a file to write is the cache's own, or is in one of its folders, perhaps through a link.
+    """Raise if a file to write is the cache's own, or is in one of its folders, perhaps through a link or a bind mount.
 
     Args:
         directory: of the cache.
@@ -70,12 +75,42 @@ def check_destination(directory: Path, destination: Path) -> None:
     Raises:
         CacheError: if it is.
     """
-    with os_errors("use the cache directory"):
-        root, path = os.stat(directory), Path(os.path.realpath(destination))
-    for folder, inner in zip(path.parents, (path, *path.parents), strict=False):
-        with suppress(OSError):  # a folder that does not exist or cannot be searched
-            if os.path.samestat(os.stat(folder), root) and _OWN_NAMES.fullmatch(inner.name):
-                raise CacheError(f"{str(destination)!r} belongs to the cache itself: name a path elsewhere")
+    root, own = _identify(Path(os.path.realpath(directory))), _identify_folders(directory)
+    path, inner = Path(os.path.realpath(destination)), None
+    for folder in (path, *path.parents):
+        found = _identify(folder)
+        is_own_name = inner is None or _OWN_NAMES.fullmatch(inner.name)
+        if found is not None and (found in own or (found == root and is_own_name)):
+            raise CacheError(f"{str(destination)!r} belongs to the cache itself: name a path elsewhere")
+        inner = folder
+
+
+def is_inside(directory: Path, path: Path) -> bool:
+    """Return whether a path is a cache directory or in it, perhaps through a link or a bind mount.
+
+    Args:
+        directory: of the cache.
+        path: need not exist.
+    """
+    root, resolved = _identify(Path(os.path.realpath(directory))), Path(os.path.realpath(path))
+    own = {root, *_identify_folders(directory)} - {None}
+    return any(_identify(folder) in own for folder in (resolved, *resolved.parents))
+
+
+def _identify_folders(directory: Path) -> set[tuple[int, int]]:
+    """Return the device and inode of each folder of a cache: a bind mount gives it a second path."""
+    paths = [directory / name for name in (*FOLDERS, "quarantine", "reserve.inodes", "ingest/partial")]
+    with suppress(OSError):
+        paths += [directory / "ingest" / name for name in filter(is_session, os.listdir(directory / "ingest"))]
+    return {found for path in paths if (found := _identify(path))}
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of a file; None if there is none, or its folder cannot be searched."""
+    with suppress(OSError):
+        status = os.lstat(path)
+        return status.st_dev, status.st_ino
+    return None
 
 
 def default_directory() -> Path:

@@ -46,6 +46,7 @@ __all__ = [
     "REVISION",
     "TEXT_LIMIT",
     "TRASH",
+    "VIEWS",
     "UtcTime",
     "format_time",
 ]
@@ -53,6 +54,24 @@ __all__ = [
 
 OLD_NAMES = {"lasting_holds": "holds", "added_at": "created_at"}
 """The names that tables and columns had before revision 0006, for readers of an older index."""
+VIEWS = (
+    "blob_usage",
+    "common_layers",
+    "garbage",
+    "growth",
+    "holds",
+    "image_ages",
+    "image_bases",
+    "image_contents",
+    "image_usage",
+    "labels",
+    "layers",
+    "missing_blobs",
+    "platforms",
+    "repository_usage",
+    "shared_layers",
+)
+"""The names of the views that the migrations create."""
 TEXT_LIMIT = 65536
 """The most characters of a text from an image's config; a longer text is not copied into the index."""
 

@@ -20,11 +20,12 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from cachedb import Cache, DamagedIndex, SchemaMismatch
+from cachedb.disk.layout import OLDEST
 from cachedb.index import schema
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
-from cachedb.index.sqlite.revision import APPLICATION_ID
-from cachedb.index.tables import METADATA, REVISION
+from cachedb.index.sqlite.revision import APPLICATION_ID, read_objects
+from cachedb.index.tables import METADATA, REVISION, VIEWS
 from cachedb.operations import upgrade as upgrade_module
 from tests.conftest import read_revision, run_python, snapshot, stored_rows
 from tests.index.sqlite.test_database import content
@@ -212,7 +213,14 @@ def test_an_index_without_a_schema_is_damaged(directory: Path) -> None:
 
 
 def test_the_models_have_the_revision_of_the_newest_migration() -> None:
-    assert ScriptDirectory.from_config(schema.alembic_config()).get_heads() == [REVISION]
+    migrations = ScriptDirectory.from_config(schema.alembic_config())
+    assert migrations.get_heads() == [REVISION]
+    assert int(migrations.get_revision(REVISION).module.oldest) == OLDEST
+
+
+def test_the_views_are_those_that_the_migrations_create(cache: Cache) -> None:
+    with closing(Database(cache.directory)) as index, index.read() as connection:
+        assert sorted(name for kind, name in read_objects(connection) if kind == "view") == list(VIEWS)
 
 
 def test_the_migrations_create_the_tables_of_the_models(cache: Cache) -> None:

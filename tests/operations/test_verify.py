@@ -20,7 +20,7 @@ import pytest
 
 from cachedb import Cache, CacheError
 from cachedb.disk import hashes
-from cachedb.disk.layout import blob_path
+from cachedb.disk.layout import OLDEST, REVISION, blob_path
 from cachedb.errors import Busy, DamagedIndex, SchemaMismatch, StorageError
 from cachedb.index import blobs
 from cachedb.index.sqlite.database import Database
@@ -32,7 +32,7 @@ from cachedb.operations.verify import KINDS, Problem
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
 from tests.operations.test_upgrade import unpack_frozen_cache
 from tests.support import make
-from tests.support.index_file import change_index
+from tests.support.index_file import change_index, read_rows
 from tests.support.make import ImageContent, digest_of, hex_of, image, save
 from tests.support.promises import check
 
@@ -1036,6 +1036,36 @@ def test_a_trigger_is_reported_and_kept(directory: Path) -> None:
             (problem,) = cache.verify(repair=repair).problems
             assert (problem.kind, problem.repair) == ("index", None)
             assert problem.detail.startswith("no migration creates the trigger 'mine'")
+
+
+@pytest.mark.parametrize(
+    ("sql", "detail"),
+    [
+        ("PRAGMA user_version = 9999", f"its user_version is 9999, and should be {OLDEST}: releases with"),
+        ("PRAGMA user_version = 1", f"its user_version is 1, and should be {OLDEST}: releases with"),
+        ("INSERT INTO alembic_version VALUES ('0001')", f"it has several revisions: 0001, {REVISION}"),
+        ("DROP VIEW image_usage", "another program has dropped 'image_usage'"),
+        ("DROP INDEX ix_image_blobs_blob_id", "another program has dropped 'ix_image_blobs_blob_id'"),
+    ],
+)
+def test_a_change_of_the_schema_by_another_program_is_reported_and_repaired(
+    cache: Cache, cachedb: Run, sql: str, detail: str
+) -> None:
+    rows = read_rows(cache.directory)
+    change_index(cache.directory, sql)
+    for repair in (False, True):
+        (problem,) = cache.verify(repair=repair, quick=True).problems
+        assert (problem.kind, problem.repair) == ("index", "the index was rebuilt" if repair else None)
+        assert problem.detail.startswith(detail)
+    close_and_check(cache)
+    assert read_rows(cache.directory).keys() == rows.keys()
+    assert cachedb("db", "check").returncode == 0
+
+
+def test_tables_views_and_indexes_of_other_programs_are_no_damage(cache: Cache) -> None:
+    for sql in ("TABLE mine (x)", "VIEW my_images AS SELECT * FROM images", "INDEX my_index ON images (added_at)"):
+        change_index(cache.directory, f"CREATE {sql}")
+    assert cache.verify().problems == []
 
 
 @pytest.mark.parametrize("name", ["ingest", "trash", "locks", "blobs"])

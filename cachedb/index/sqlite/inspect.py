@@ -1,16 +1,26 @@
-"""Find the faults of a database file itself: damage, broken references, a switched journal mode."""
+"""Find the faults of a database file itself: damage, broken references, dropped objects, a switched journal mode."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import islice
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
+from cachedb.disk.layout import OLDEST
 from cachedb.errors import DamagedIndex, os_errors
 from cachedb.index.sqlite.database import Database
-from cachedb.index.sqlite.revision import find_broken_keys, is_compatible, read_revision, schema_error
-from cachedb.index.tables import METADATA
+from cachedb.index.sqlite.revision import (
+    find_broken_keys,
+    is_compatible,
+    read_objects,
+    read_oldest,
+    read_revision,
+    read_versions,
+    schema_error,
+)
+from cachedb.index.tables import METADATA, REVISION, VIEWS
 
 __all__ = ["find_faults", "read_journal_mode"]
 
@@ -37,6 +47,7 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
             check = f"PRAGMA {'quick_check' if quick else 'integrity_check'}(100)"
             found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
             found.extend(islice(find_broken_keys(connection), 100))
+            found += _find_outside_changes(connection)
             for table in METADATA.sorted_tables if is_compatible(connection) else ():
                 # Constraints accept text that is not UTF-8 and some invalid times, but reading them fails.
                 for _ in connection.execute(select(table).limit(0 if quick else None)):
@@ -46,6 +57,20 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
         return [str(error)]
     except ValueError as error:
         return [f"a row cannot be read: {error}"]
+
+
+def _find_outside_changes(connection: Connection) -> Iterator[str]:
+    """Yield what other programs have changed in the schema of this release, as far as a rebuild repairs it."""
+    versions = read_versions(connection)
+    if REVISION not in versions:
+        return
+    if len(versions) > 1:
+        yield f"it has several revisions: {', '.join(sorted(versions))}"
+    if (oldest := read_oldest(connection)) != OLDEST:
+        yield f"its user_version is {oldest}, and should be {OLDEST}: releases with another schema may write to it"
+    indexes = {str(index.name) for table in METADATA.tables.values() for index in table.indexes}
+    for name in sorted({*METADATA.tables, *indexes, *VIEWS} - {name for _, name in read_objects(connection)}):
+        yield f"another program has dropped {name!r}"
 
 
 def read_journal_mode(database: Database) -> str:
