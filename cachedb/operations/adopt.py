@@ -143,7 +143,7 @@ class _Adopter:
         self._leave_out_lost()
         found = self._set_lifetimes(self._read_adopted())
         if self._how == "move":
-            self._delete_adopted()
+            self._delete_adopted({image.name: image.digest for image in found})
         unused = len(self._new) - used
         left_out = sorted(
             self._left_out, key=lambda item: (not item.name, item.name, item.digest or "", str(item.path))
@@ -345,8 +345,14 @@ class _Adopter:
                         lifetimes.set_lifetime(connection, row.id, self._ttl)
         return self._read_adopted() if changed else found
 
-    def _delete_adopted(self) -> None:
-        """Delete the adopted files from the older cache, including those of an interrupted adoption."""
+    def _delete_adopted(self, adopted: dict[Name, Digest]) -> None:
+        """Delete the adopted files from the older cache, including those of an interrupted adoption.
+
+        A manifest or an index that was written meanwhile stays.
+
+        Args:
+            adopted: the images now in both caches, with the digests of their manifests.
+        """
         ours = self._database.directory
         with self._database.read() as connection:
             stored = publish.find_intact(connection, ours, self._old.paths)
@@ -355,13 +361,13 @@ class _Adopter:
                 if digest in self._new or is_intact(ours, digest):
                     self._old.remove(self._old.paths[digest])
             for name, path in self._old.manifests.items():
-                if name in self._names:
+                if self._old.has_digest(path, adopted.get(name)):
                     self._old.remove(path)
             for folder, _, _ in os.walk(self._old.directory / "manifests", topdown=False):
                 if Path(folder) != self._old.directory / "manifests":
                     with ignore_os_errors():
                         os.rmdir(folder)
-            if not self._left_out:
+            if not self._left_out and self._old.is_index_unchanged():
                 self._old.remove(self._old.directory / "index.json")
 
 

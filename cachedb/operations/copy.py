@@ -103,7 +103,7 @@ def copy(
 @contextmanager
 def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
     """Yield an empty file for the index in a new or empty directory; undo all changes if the block fails."""
-    if directory.resolve().is_relative_to(source.resolve()):
+    if layout.is_inside(source, directory):
         raise NotACache(f"{str(directory)!r} is inside the cache: name a directory elsewhere")
     if reason := explain_shared(directory):
         raise StorageError(reason)

@@ -13,6 +13,7 @@ from cachedb.arguments import check_functions
 from cachedb.content import describe
 from cachedb.disk import single_flight
 from cachedb.disk.existence import exists
+from cachedb.disk.layout import is_inside
 from cachedb.errors import (
     CacheError,
     StorageError,
@@ -179,8 +180,7 @@ def _check_place(directory: Path, file: Path) -> None:
             raise CacheError(f"{str(file)!r} already exists: name another file")
         if not exists(file.parent):
             raise CacheError(f"there is no folder for {str(file)!r}: make {str(file.parent)!r} first")
-        folder, cache = file.parent.resolve(), directory.resolve()
-        if folder.is_relative_to(cache) and folder != (cache / "backups").resolve():
+        if is_inside(directory, file.parent) and not file.parent.samefile(directory / "backups"):
             raise CacheError(f"{str(file)!r} is inside the cache: name a file elsewhere, or in its folder backups/")
 
 

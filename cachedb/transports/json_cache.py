@@ -81,7 +81,7 @@ class OldCache:
     """The older cache: the files in its folders and the entries of its index."""
 
     def __init__(self, directory: Path, ours: Path) -> None:
-        self.directory = directory
+        self.directory, self._ours = directory, ours
         with os_errors("read the cache to adopt"):
             found = any(exists(directory / name) for name in ("manifests", "blobs", "index.json"))
         if not found:
@@ -92,6 +92,7 @@ class OldCache:
             raise NotACache(f"{str(directory)!r} is an OCI image layout: use `cachedb import`")
         self.left_out: list[LeftOut] = []
         self.damage: str | None = None
+        self._index_file = self._identify_index()
         self.entries = self._read_index()
         self.blobs, strays = layout.list_blob_files(directory) if exists(directory / "blobs") else ({}, [])
         self.left_out += [LeftOut("stray", None, None, path, "it is not a blob") for path in strays]
@@ -126,6 +127,21 @@ class OldCache:
             else:
                 entries[name] = entry
         return entries
+
+    def _identify_index(self) -> tuple[int, int, int] | None:
+        with suppress(OSError):
+            return writer.file_identity(os.lstat(self.directory / "index.json"))
+        return None
+
+    def is_index_unchanged(self) -> bool:
+        """Return whether nobody has written to index.json since it was read."""
+        return self._identify_index() == self._index_file
+
+    def has_digest(self, path: Path, digest: Digest | None) -> bool:
+        """Return whether a manifest's file still has the adopted manifest; False if none was adopted."""
+        with suppress(CacheError):
+            return digest is not None and digest_of(_read(path), digest) == digest
+        return False
 
     def _find_manifests(self) -> Iterator[tuple[Name, Path]]:
         """Yield the name and path of each file in ``manifests/``; leave out those without a valid name."""
@@ -168,7 +184,8 @@ class OldCache:
         """Raise if files must not be moved out of this directory.
 
         Raises:
-            NotACache: if there is neither a manifest nor an index entry, so it may be another program's directory.
+            NotACache: if there is neither a manifest nor an index entry, so it may be another program's directory; or
+                if a folder is one of this cache, through a bind mount.
             NotOurs: if it belongs to another user, or a folder in it leads out of it.
         """
         if self.paths and not self.manifests and not self.entries:
@@ -176,6 +193,9 @@ class OldCache:
                 f"{str(self.directory)!r} has neither manifests nor a readable index.json, so nothing is moved: "
                 "adopt it without --move"
             )
+        for folder in {*map(os.path.dirname, self.paths.values()), *(str(p.parent) for p in self.manifests.values())}:
+            if layout.is_inside(self._ours, Path(folder)):
+                raise NotACache(f"{folder!r} is a folder of this cache, so nothing is moved: adopt it without --move")
         with os_errors("open the cache to adopt"):
             self._folders = Folders(self.directory)
             self._folders.check_owner()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
+from cachedb import Cache, CacheError, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError, schema
 from cachedb.disk import locks, marker, single_flight, turns
 from cachedb.disk.layout import blob_path
 from cachedb.disk.waiting import Wait
@@ -21,6 +21,7 @@ from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, restore
 from tests.conftest import Run, running
 from tests.support.make import image, save
+from tests.support.mounting import mounted
 from tests.support.waiting import wait_until
 
 APP = image(1)
@@ -526,6 +527,43 @@ def test_an_export_over_the_caches_own_files_is_refused(cache: Cache, tmp_path: 
             cache.export("app:1", path, format=form)
     assert read_files(cache.directory) == before
     assert not cache.verify().problems
+
+
+@pytest.mark.parametrize("name", ["blobs", "blobs/sha256", "trash", "quarantine"])
+def test_an_export_through_a_bind_mount_of_the_caches_folder_is_refused(
+    cache: Cache, tmp_path: Path, name: str
+) -> None:
+    save(cache, "app:1", APP)
+    (cache.directory / name).mkdir(exist_ok=True)
+    before = read_files(cache.directory)
+    with mounted(tmp_path / "mounted", "--bind", cache.directory / name) as folder:
+        for path in (folder, folder / "app"):
+            for form in ("docker", "oci-dir"):
+                with pytest.raises(CacheError, match="belongs to the cache itself: name a path elsewhere"):
+                    cache.export("app:1", path, format=form)
+        with pytest.raises(CacheError, match="is inside the cache: name a file elsewhere"):
+            schema.back_up(cache.directory, folder / "copy.db")
+    assert read_files(cache.directory) == before
+
+
+def test_a_layout_whose_blobs_are_the_caches_own_is_not_written_to(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", APP)
+    layout = tmp_path / "layout"
+    cache.export("app:1", layout, format="oci-dir")
+    before = {path: path.stat().st_ino for path in (cache.directory / "blobs" / "sha256").iterdir()}
+    with (
+        mounted(layout / "blobs", "--bind", cache.directory / "blobs"),
+        pytest.raises(CacheError, match="belongs to the cache itself: name a path elsewhere"),
+    ):
+        cache.export("app:1", layout, format="oci-dir")
+    assert {path: path.stat().st_ino for path in (cache.directory / "blobs" / "sha256").iterdir()} == before
+
+
+def test_an_export_to_the_cache_directory_is_refused(cache: Cache) -> None:
+    save(cache, "app:1", APP)
+    for form in ("docker", "oci-dir"):
+        with pytest.raises(CacheError, match="belongs to the cache itself: name a path elsewhere"):
+            cache.export("app:1", cache.directory, format=form)
 
 
 def test_a_report_over_the_caches_own_files_is_refused(cachedb: Run, cache: Cache) -> None:

@@ -22,6 +22,7 @@ from cachedb.operations.adopt import How
 from tests.conftest import Run, files_of, stored_rows
 from tests.operations.test_pull import assert_is_stored
 from tests.support import make
+from tests.support.mounting import mounted
 from tests.support.promises import check
 
 IMAGES = {
@@ -155,7 +156,7 @@ def test_a_move_deletes_all_files_except_those_it_left_out(cache: Cache, old: Pa
 
 def test_an_interrupted_move_resumes(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(adopt._Adopter, "_delete_adopted", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(adopt._Adopter, "_delete_adopted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             cache.adopt(old, how="move")
     assert blob_path(old, FIRST.config).exists()
@@ -184,6 +185,33 @@ def test_a_move_does_not_delete_a_blob_that_was_removed_meanwhile(
     own = FIRST.layers[1]  # a layer of no other image
     assert blob_path(old, own).read_bytes() == own
     assert not blob_path(old, FIRST.layers[0]).exists()
+
+
+def test_a_move_deletes_no_blob_of_this_cache_through_a_bind_mount(cache: Cache, old: Path) -> None:
+    cache.adopt(old)
+    shutil.rmtree(old / "blobs")
+    before = read_tree(cache.directory / "blobs")
+    with mounted(old / "blobs", "--bind", cache.directory / "blobs"):
+        with pytest.raises(NotACache, match="is a folder of this cache, so nothing is moved: adopt it without --move"):
+            cache.adopt(old, how="move")
+        assert len(cache.adopt(old, how="copy").images) == len(IMAGES)
+    assert read_tree(cache.directory / "blobs") == before
+
+
+def test_a_move_does_not_delete_what_was_written_meanwhile(
+    cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, untouched = old / "manifests" / "app" / "1", old / "manifests" / "app" / "2"
+
+    def write(_: object) -> None:
+        for path in (changed, old / "index.json"):
+            path.write_bytes(path.read_bytes() + b" ")
+
+    monkeypatch.setattr(adopt._Adopter, "_leave_out_lost", write)
+    cache.adopt(old, how="move")
+    assert not untouched.exists()
+    assert changed.read_bytes() == FIRST.manifest + b" "
+    assert json.loads((old / "index.json").read_bytes())
 
 
 @pytest.mark.parametrize("how", adopt.HOWS[:2])

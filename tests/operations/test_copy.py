@@ -30,6 +30,7 @@ from tests.conftest import Run, files_of, running, snapshot, start_python, store
 from tests.support import make
 from tests.support.index_file import change_index
 from tests.support.make import image, save
+from tests.support.mounting import mounted
 from tests.support.promises import check
 
 LARGE = make.random_bytes(3 * 1024 * 1024, 7)
@@ -381,6 +382,18 @@ def test_only_a_new_or_empty_directory_outside_the_cache_is_accepted(
         cache.copy(tmp_path / "second")
     assert snapshot(cache.directory) == before
     check(tmp_path / "second")
+
+
+@pytest.mark.parametrize("name", ["", "backups", "blobs/sha256", "ingest/partial"])
+def test_a_bind_mount_of_the_cache_is_not_copied_into(cache: Cache, target: Path, name: str) -> None:
+    save(cache, "app:1", image(1))
+    (cache.directory / name).mkdir(exist_ok=True)
+    before = snapshot(cache.directory)
+    with mounted(target, "--bind", cache.directory / name):
+        for path in (target, target / "new" / "copy"):
+            with pytest.raises(NotACache, match="is inside the cache: name a directory elsewhere"):
+                cache.copy(path)
+    assert snapshot(cache.directory) == before
 
 
 def test_only_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None:

@@ -17,7 +17,7 @@ from cachedb.disk.durable import (
     remove_leftovers,
     sync_folder,
 )
-from cachedb.disk.layout import blob_path
+from cachedb.disk.layout import blob_path, check_destination
 from cachedb.disk.locks import hold_folder_lock
 from cachedb.disk.reader import open_blob
 from cachedb.disk.regular import open_regular
@@ -86,6 +86,7 @@ def write_layout(
             for folder in (destination / "blobs", *destination.glob("blobs/*")):
                 if folder.is_symlink():
                     raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
+                check_destination(directory, folder)  # it may be a bind mount
             for folder in (destination, *destination.glob("blobs/*")):
                 remove_leftovers(folder, parts)  # no other export is writing: earlier releases take the lock, too
             # Write the marker first, so that a killed export leaves a folder of its format, and the index last.
