@@ -204,28 +204,48 @@ def find_holder_at(path: Path) -> Process | None:
 
 
 def _open_or_create(path: str, _flags: int) -> int:
+    """Open a lock file for reading and writing, or create it.
+
+    Raises:
+        OSError: if it is not a regular file, or its folder is a link, which could lead to files of other programs.
+    """
+    parent, name = os.path.split(path)
+    try:
+        folder = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        what = "a symbolic link" if os.path.islink(parent) else "not a folder"
+        raise NotADirectoryError(errno.ENOTDIR, f"it is {what}: put a folder back in its place", parent) from None
+    try:
+        return _open_or_create_in(folder, name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(folder)
+
+
+def _open_or_create_in(folder: int, name: str) -> int:
     while True:
         with suppress(FileNotFoundError):
-            file, is_new = open_regular(path, os.O_RDWR), False
+            file, is_new = open_regular(name, os.O_RDWR, folder), False
             break
         with suppress(FileExistsError):
-            if (shared := _create_shared(path)) is not None:
+            if (shared := _create_shared(folder, name)) is not None:
                 return shared
-            file, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
+            file, is_new = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder), True
             break
     try:
         if os.fstat(file).st_nlink > 1:
             why = "the lock file is a hard link to another file, which it would overwrite: delete the lock file"
-            raise OSError(errno.EINVAL, why, os.fspath(path))
+            raise OSError(errno.EINVAL, why)
         if is_new:
-            apply_folder_mode(file, os.stat(os.path.dirname(path)))
+            apply_folder_mode(file, os.fstat(folder))
     except BaseException:
         os.close(file)
         raise
     return file
 
 
-def _create_shared(path: str) -> int | None:
+def _create_shared(folder: int, name: str) -> int | None:
     """Create a lock file with its mode before it gets its name, so that no member is ever refused.
 
     Returns:
@@ -234,22 +254,17 @@ def _create_shared(path: str) -> int | None:
     Raises:
         FileExistsError: if there is a file.
     """
-    folder, name = os.path.split(path)
-    if not is_shared(found := os.stat(folder)):
+    if not is_shared(found := os.fstat(folder)):
         return None
     try:
-        parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        file = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=folder)
         try:
-            file = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-            try:
-                apply_folder_mode(file, found)
-                # With a folder descriptor Python calls linkat(2), which follows the link in /proc.
-                os.link(f"/proc/self/fd/{file}", name, dst_dir_fd=parent)
-            except BaseException:
-                os.close(file)
-                raise
-        finally:
-            os.close(parent)
+            apply_folder_mode(file, found)
+            # With a folder descriptor Python calls linkat(2), which follows the link in /proc.
+            os.link(f"/proc/self/fd/{file}", name, dst_dir_fd=folder)
+        except BaseException:
+            os.close(file)
+            raise
     except FileExistsError:
         raise
     except OSError:

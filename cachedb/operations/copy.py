@@ -113,7 +113,7 @@ def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     _check_destination(directory)
     staged = directory / UNFINISHED_INDEX
-    lock = locks.acquire(staged, wait=False)
+    lock = locks.acquire(directory.resolve() / UNFINISHED_INDEX, wait=False)  # the directory may be a link
     if lock is None:
         raise CacheError(f"another process is copying into {str(directory)!r}: wait for it, or name another directory")
     try:
