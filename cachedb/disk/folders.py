@@ -75,8 +75,9 @@ class Folders:
         """
         self.directory = directory
         self.root = os.open(directory, _OPEN_FOLDER)
-        self.status = os.fstat(self.root)
-        _close_after(self, self.root, self.status)
+        found = os.fstat(self.root)
+        self._identity = (found.st_dev, found.st_ino)
+        _close_after(self, self.root, found)
         self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
         """Whether the cache may be a copy that was made file by file, and not checked yet."""
@@ -84,6 +85,11 @@ class Folders:
         """Whether the marker names an earlier place of the cache: see `refresh_marker`."""
         self.had_marker = False
         """Whether the marker was there before this open; caches of older releases have none."""
+
+    @property
+    def status(self) -> os.stat_result:
+        """The present owner and mode of the directory: somebody may share the cache while it is open."""
+        return os.fstat(self.root)
 
     def check_owner(self, *, trust: bool = False) -> None:
         """Raise if the directory is another user's, and neither shared nor trusted.
@@ -163,7 +169,7 @@ class Folders:
             status = os.stat(self.directory)
         except (FileNotFoundError, NotADirectoryError):
             status = None
-        if status is None or not os.path.samestat(status, self.status):
+        if status is None or (status.st_dev, status.st_ino) != self._identity:
             raise CacheReplaced(
                 f"the cache directory {str(self.directory)!r} was moved, removed or replaced while it was open: "
                 "open the cache again"
@@ -262,12 +268,15 @@ class Folders:
             os.close(folder)
 
     def _check_folder(self, name: str, found: os.stat_result) -> None:
-        if found.st_dev != self.status.st_dev:
+        if found.st_dev != self._identity[0]:
             raise NotOurs(f"{self._path(name)!r} is on another file system: move the whole cache to one file system")
-        if found.st_uid not in (self.status.st_uid, os.geteuid()) and not is_shared(self.status):
+        if found.st_uid == os.geteuid():
+            return
+        directory = self.status
+        if found.st_uid != directory.st_uid and not is_shared(directory):
             raise NotOurs(
                 f"{self._path(name)!r} belongs to user {_describe_user(found.st_uid)}, and the cache to user "
-                f"{_describe_user(self.status.st_uid)}: give it back to its owner with chown"
+                f"{_describe_user(directory.st_uid)}: give it back to its owner with chown"
             )
 
     def _path(self, name: str) -> str:

@@ -162,6 +162,40 @@ with Cache.open(sys.argv[1]) as cache:
 
 @pytest.mark.slow
 @NEEDS_ROOT
+def test_a_cache_that_is_shared_while_it_is_open_is_shared_by_that_process_too() -> None:
+    script = (
+        BECOME
+        + """
+become(1001)
+with Cache.open(sys.argv[1]) as cache:
+    save(cache, "app:1", image(1))
+with Cache.open(sys.argv[1]) as cache:
+    print(flush=True)
+    sys.stdin.readline()
+    with cache.hold("app:1"):
+        print(cache._session.id, flush=True)
+        sys.stdin.read()
+"""
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "cache"
+        with running(script, path) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            run_python(BECOME + f"become(1001)\nCache.open(sys.argv[1]).share('{GROUP}')", path)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            session = path / "ingest" / process.stdout.readline().strip()
+            assert (stat.S_IMODE(session.stat().st_mode), session.stat().st_gid) == (0o2770, GROUP)
+            process.kill()
+            process.wait()
+        run_python(BECOME + "become(1002)\nassert Cache.open(sys.argv[1]).get_leftovers() == []", path)
+        assert not session.exists()
+
+
+@pytest.mark.slow
+@NEEDS_ROOT
 def test_a_rebuilt_index_belongs_to_the_group(shared: Path) -> None:
     (shared / "index.db").write_bytes(b"damaged")
     run_python(
