@@ -7,10 +7,12 @@ is repaired, swept or collected. Its id distinguishes the cache from another one
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,10 +40,12 @@ MARKER = "cachedb.json"
 UNFINISHED_MARKER = re.compile(r"\.cachedb-[0-9a-f]{16}\.marker")
 """Matches the name of an unfinished marker, which stays if its writer dies."""
 
+_OPEN_MARKER = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FORMAT = 1  # of the directory: which file is where; the schema of the index has its own number
 _MAX_BYTES = 4096  # a longer marker is invalid
 _ID = re.compile(r"[0-9a-f]{32}")
 _BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
+_GET_GENERATION = 0x80007601 | struct.calcsize("l") << 16  # FS_IOC_GETVERSION, ioctl_iflags(2)
 
 
 class Marker(NamedTuple):
@@ -53,11 +57,16 @@ class Marker(NamedTuple):
     directory: int | None = None  # its inode; None in a marker of an older release
     file_system: str | None = None  # of the directory, from `_file_system_id`
     boot: str | None = None  # the host's boot id when the marker was written
+    generation: int | None = None  # of the inode, whose number another file may get; None if it is unknown
 
     def is_of(self, folder: int) -> bool | None:
         """Return whether the marker was written in this directory; None if an old marker cannot tell."""
-        status = os.stat(MARKER, dir_fd=folder, follow_symlinks=False)
-        if self.inode != status.st_ino:
+        file = os.open(MARKER, _OPEN_MARKER, dir_fd=folder)
+        try:
+            inode, generation = os.fstat(file).st_ino, _read_generation(file)
+        finally:
+            os.close(file)
+        if self.inode != inode or (None not in (self.generation, generation) and self.generation != generation):
             return False
         if self.directory is None:
             return None
@@ -83,9 +92,9 @@ def read(folder: int | Path) -> Marker | None:
     """
     try:
         if isinstance(folder, int):
-            file = os.open(MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            file = os.open(MARKER, _OPEN_MARKER, dir_fd=folder)
         else:
-            file = os.open(folder / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = os.open(folder / MARKER, _OPEN_MARKER)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -111,9 +120,11 @@ def _parse(data: bytes) -> Marker:
             found.get("directory"),
             found.get("file_system"),
             found.get("boot"),
+            found.get("generation"),
         )
         is_valid = type(marker.format) is int and marker.format > 0 and bool(_ID.fullmatch(marker.id))
-        is_valid = is_valid and all(n is None or type(n) is int for n in (marker.inode, marker.directory))
+        numbers = (marker.inode, marker.directory, marker.generation)
+        is_valid = is_valid and all(number is None or type(number) is int for number in numbers)
         is_valid = is_valid and all(s is None or type(s) is str for s in (marker.file_system, marker.boot))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_valid = False
@@ -197,6 +208,7 @@ def _new_marker(
                 "format": _FORMAT,
                 "id": cache_id or secrets.token_hex(16),
                 "inode": os.fstat(file).st_ino if is_sound else None,
+                "generation": _read_generation(file),
                 **_describe_place(folder),
             }
             os.write(file, f"{json.dumps(content)}\n".encode())
@@ -222,6 +234,14 @@ def _file_system_id(folder: int) -> str:
     """
     number = os.fstatvfs(folder).f_fsid
     return f"id {number:x}" if number else f"device {os.fstat(folder).st_dev}"
+
+
+def _read_generation(file: int) -> int | None:
+    """Return a number that differs if a file system gives an inode's number to a new file; None if it has none."""
+    with suppress(OSError):
+        (number,) = struct.unpack("i", fcntl.ioctl(file, _GET_GENERATION, bytes(struct.calcsize("l")))[:4])
+        return int(number)
+    return None
 
 
 def _read_boot_id() -> str | None:

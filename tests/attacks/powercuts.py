@@ -347,7 +347,7 @@ def mark_as_original(directory: Path) -> None:
         marker = json.loads(path.read_text())
         if marker.get("inode") is not None:
             here = {"inode": path.stat().st_ino, "directory": directory.stat().st_ino}
-            path.write_text(json.dumps({**marker, **here, "file_system": None, "boot": None}))
+            path.write_text(json.dumps({**marker, **here, "file_system": None, "boot": None, "generation": None}))
 
 
 def check_cut(scenario: str, directory: Path, acks: Iterable[int]) -> None:

@@ -21,6 +21,7 @@ from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, restore
 from tests.conftest import Run, running
 from tests.support.make import image, save
+from tests.support.mounting import image as image_file
 from tests.support.mounting import mounted
 from tests.support.waiting import wait_until
 
@@ -410,12 +411,15 @@ def read_marker(directory: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("field", ["directory", "file_system"])
-def test_a_copy_whose_marker_has_the_inode_number_of_its_source_is_checked(directory: Path, field: str) -> None:
+@pytest.mark.parametrize("field", ["directory", "file_system", "generation"])
+def test_a_copy_whose_marker_has_the_inode_number_of_its_source_is_checked(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    monkeypatch.setattr(marker, "_read_generation", lambda _: 1)
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
     before = read_marker(directory)
-    edit_marker(directory, **{field: 0 if field == "directory" else "id 0"})
+    edit_marker(directory, **{field: "id 0" if field == "file_system" else 0})
     blob = blob_path(directory, Digest(APP.digest))
     blob.rename(blob.with_name("moved"))
     with pytest.raises(DamagedIndex, match="is a damaged copy of a cache"):
@@ -425,6 +429,25 @@ def test_a_copy_whose_marker_has_the_inode_number_of_its_source_is_checked(direc
     after = read_marker(directory)
     assert after["id"] != before["id"]
     assert after[field] == before[field]
+
+
+@pytest.mark.slow
+def test_a_torn_backup_that_is_restored_in_the_place_of_its_source_is_refused(tmp_path: Path) -> None:
+    file = image_file(tmp_path / "disk.img", 64 * 1024 * 1024, "mkfs.ext4", "-q", install="e2fsprogs")
+    with mounted(tmp_path / "disk", "-o", "loop", file) as disk:
+        directory, backup = disk / "cache", tmp_path / "backup"
+        with Cache.open(directory) as cache:
+            save(cache, "app:1", APP)
+        shutil.copytree(directory, backup)
+        blob_path(backup, Digest(APP.digest)).unlink()
+        inodes = {path.stat().st_ino for path in (directory, directory / "cachedb.json")}
+        shutil.rmtree(directory)
+        directory.mkdir()
+        shutil.copy2(backup / "cachedb.json", directory)
+        assert {path.stat().st_ino for path in (directory, directory / "cachedb.json")} == inodes, "ext4 reuses numbers"
+        shutil.copytree(backup, directory, dirs_exist_ok=True)
+        with pytest.raises(DamagedIndex, match="is a damaged copy of a cache"):
+            Cache.open(directory)
 
 
 def test_a_moved_cache_on_a_restarted_host_is_no_copy(directory: Path) -> None:
@@ -437,7 +460,8 @@ def test_a_moved_cache_on_a_restarted_host_is_no_copy(directory: Path) -> None:
         cache.tag("app:1", "app:2")
     after = read_marker(moved)
     assert after.pop("inode") == (moved / "cachedb.json").stat().st_ino
-    assert after == {name: value for name, value in before.items() if name != "inode"}, "it was not refreshed"
+    del before["inode"], after["generation"], before["generation"]
+    assert after == before, "it was not refreshed"
 
 
 def test_a_marker_of_an_older_release_is_refreshed_and_its_cache_is_no_copy(directory: Path) -> None:
