@@ -140,8 +140,8 @@ def receive_linked(
 ) -> Received:
     """Verify a file and receive a hard link to it, or a copy.
 
-    It is copied if it cannot be linked, belongs to another user, or can be written by other users. Unless it becomes
-    read-only, a shared cache also copies a file whose mode is not 0444.
+    It is copied if it cannot be linked, belongs to another user, or can be written by other users. A file that becomes
+    read-only is copied if it has other names. Otherwise a shared cache also copies a file whose mode is not 0444.
 
     Args:
         session: as for `receive`.
@@ -163,6 +163,9 @@ def receive_linked(
     # With an access control list, the group bits are its mask: the most that a named user or a group may do.
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         # Other users could change the content later. Only this process's own user is trusted not to do so.
+        return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
+    if read_only and before.st_nlink > 1:
+        # The other names are not moved, and would become read-only too.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     if session.is_shared and not read_only and stat.S_IMODE(before.st_mode) != 0o444:
         # The group cannot read the file, or must trust its owner not to write to it.

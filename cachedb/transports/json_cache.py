@@ -204,8 +204,10 @@ class OldCache:
                     pass
 
     def remove(self, path: str | Path) -> None:
-        """Unlink a file of the cache, after `check_ours`."""
-        self._folders.remove(str(Path(path).resolve().relative_to(self.directory.resolve())))
+        """Unlink a file of the cache, after `check_ours`; of a link, not the target."""
+        path = Path(path)
+        folder = path.parent.resolve().relative_to(self.directory.resolve())
+        self._folders.remove((folder / path.name).as_posix())
 
     @cached_property
     def _manifests_by_digest(self) -> dict[Digest, Path]:

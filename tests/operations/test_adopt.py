@@ -198,6 +198,28 @@ def test_a_move_deletes_no_blob_of_this_cache_through_a_bind_mount(cache: Cache,
     assert read_tree(cache.directory / "blobs") == before
 
 
+def test_a_move_leaves_other_names_of_a_blob_as_they_are(cache: Cache, old: Path, tmp_path: Path) -> None:
+    layer = FIRST.layers[0]
+    os.link(blob_path(old, layer), tmp_path / "mine")
+    mode = (tmp_path / "mine").stat().st_mode
+    cache.adopt(old, how="move")
+    assert ((tmp_path / "mine").stat().st_mode, (tmp_path / "mine").stat().st_nlink) == (mode, 1)
+    assert not blob_path(old, layer).exists()
+    (tmp_path / "mine").write_bytes(b"changed later")
+    assert cache.get_blob(make.digest_of(layer)) == layer
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_a_move_does_not_delete_the_target_of_a_link(cache: Cache, old: Path, tmp_path: Path, place: str) -> None:
+    target = (old if place == "inside" else tmp_path) / "mine.json"
+    (old / "index.json").rename(target)
+    (old / "index.json").symlink_to(target)
+    found = cache.adopt(old, how="move")
+    assert len(found.images) == len(IMAGES)
+    assert target.exists()
+    assert not blob_path(old, FIRST.config).exists()
+
+
 def test_a_move_does_not_delete_what_was_written_meanwhile(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
