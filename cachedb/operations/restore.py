@@ -53,6 +53,7 @@ def restore(directory: Path, file: Path) -> Restored:
     Raises:
         NotACache: if the directory is not a cache, or the file is not a backup or was changed by another program.
         NotInCache: if there is no such file.
+        NotOurs: if the folder ``blobs`` leads out of the cache.
         DamagedIndex: if the backup is damaged.
         SchemaMismatch: if the schema of the backup, or of the current index, is too new for this release.
         StorageError: if the backup cannot be read, or the cache cannot be written.
@@ -69,6 +70,8 @@ def _restore(database: Database, file: Path) -> Restored:
         )
     with os_errors("mark the cache"):
         database.folders.mark(new=True, is_sound=False)
+        with database.folders.open("blobs"):
+            pass  # raises if it is a link, whose files the restored index would take for blobs
     with os_errors("read the backup"):
         if not file.is_file():
             raise NotInCache(f"there is no backup {str(file)!r}: name a file in the folder backups/ of the cache")

@@ -22,9 +22,9 @@ from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
-from tests.conftest import Run, files_of, run_python
+from tests.conftest import Run, files_of, run_python, stored_rows
 from tests.index.sqlite.test_database import content
-from tests.support.make import digest_of, image, save
+from tests.support.make import digest_of, hex_of, image, save
 
 APP = image(1, 2)
 
@@ -211,6 +211,20 @@ def test_no_backup_is_made_behind_a_link(directory: Path, index: Database, elsew
 
 
 @NEEDS_ROOT
+def test_a_restore_takes_no_files_behind_a_link_for_blobs(directory: Path, elsewhere: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    backup = schema.back_up(directory)
+    rows = stored_rows(directory)
+    shutil.move(directory / "blobs", directory.parent / "moved")
+    (elsewhere / "sha256").mkdir(exist_ok=True)
+    (elsewhere / "sha256" / hex_of(b"mine")).write_bytes(b"mine")
+    (directory / "blobs").symlink_to(elsewhere)
+    with pytest.raises(NotOurs, match="is a symbolic link"):
+        schema.restore(directory, backup)
+    assert stored_rows(directory) == rows
+
+
 def test_a_folder_on_another_file_system_is_refused(directory: Path) -> None:
     Cache.open(directory).close()
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory / "trash"], check=True)
