@@ -5,10 +5,11 @@ from __future__ import annotations
 import grp
 import os
 import stat
+from collections.abc import Callable
 
 from cachedb.disk.folders import FOLDERS, Folders, is_shared
 from cachedb.disk.listing import list_names
-from cachedb.errors import CacheError, os_errors
+from cachedb.errors import CacheError, StorageError, os_errors
 
 __all__ = ["share"]
 
@@ -32,21 +33,23 @@ def share(folders: Folders, group: str | None = None) -> str:
 
     Raises:
         CacheError: if there is no such group.
-        StorageError: if this user does not own the cache, or is not a member of the group.
+        StorageError: if this user does not own the cache and its files, or is not a member of the group.
     """
     gid = _find_group_id(folders, group)
     with os_errors("share the cache"):
-        for name in (*FOLDERS, "quarantine", "reserve.inodes", "ingest/partial"):
-            folders.make(name)  # otherwise a member could make it unreadable for the others
-            with folders.open(name) as folder:
-                _share_files(folder, gid)
-                _set_group_and_mode(folder, gid, _FOLDER_MODE)
-        _share_files(folders.root, gid)
-        _set_group_and_mode(folders.root, gid, _FOLDER_MODE)
+        # Otherwise a file of another user would leave a part of the cache to each of the two groups.
+        for change in (_check_owner, _set_group_and_mode):
+            for name in (*FOLDERS, "quarantine", "reserve.inodes", "ingest/partial"):
+                folders.make(name)  # otherwise a member could make it unreadable for the others
+                with folders.open(name) as folder:
+                    _share_files(folder, gid, change)
+                    change(folder, gid, _FOLDER_MODE)
+            _share_files(folders.root, gid, change)
+            change(folders.root, gid, _FOLDER_MODE)
     return _find_group_name(gid)
 
 
-def _share_files(folder: int, gid: int) -> None:
+def _share_files(folder: int, gid: int, change: Callable[[int, int, int], None]) -> None:
     """Let the group write to the files of a folder that their owner can write to; blobs are read-only."""
     for name in list_names(folder):
         try:
@@ -57,9 +60,21 @@ def _share_files(folder: int, gid: int) -> None:
         try:
             found = os.fstat(file)
             if stat.S_ISREG(found.st_mode) and found.st_mode & stat.S_IWUSR and found.st_nlink == 1:
-                _set_group_and_mode(file, gid, _FILE_MODE)
+                change(file, gid, _FILE_MODE)
         finally:
             os.close(file)
+
+
+def _check_owner(file: int, gid: int, mode: int) -> None:
+    """Raise if this user cannot give a file the group and mode.
+
+    Raises:
+        StorageError: if the file belongs to another user.
+    """
+    found = os.fstat(file)
+    if (found.st_gid, stat.S_IMODE(found.st_mode)) != (gid, mode) and os.geteuid() not in (0, found.st_uid):
+        path = os.readlink(f"/proc/self/fd/{file}")
+        raise StorageError(f"{path!r} belongs to user {found.st_uid}, so nothing was shared: run the command as root")
 
 
 def _set_group_and_mode(file: int, gid: int, mode: int) -> None:

@@ -57,8 +57,10 @@ MUTATIONS = [
     Mutation("a retraction keeps stored blobs", "cachedb/content/publish.py", "            known = read_stored_sizes(connection, published.values())\n", "            known = {}\n", "tests/content/test_publish.py tests/content/test_session.py tests/content/test_collect.py tests/attacks/test_crashes.py"),
     # Foreign files and folders
     Mutation("a folder that is a link is not opened", "cachedb/disk/folders.py", "_OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=folder", "_OPEN_FOLDER, dir_fd=folder", "tests/disk/test_folders.py tests/disk/test_full_disks.py"),
+    Mutation("a restore looks for blobs behind no link", "cachedb/operations/restore.py", '        with database.folders.open("blobs"):\n            pass  #', "        pass  #", "tests/disk/test_folders.py -k restore_takes"),
     Mutation("a folder on another file system is refused", "cachedb/disk/folders.py", "if found.st_dev != self._identity[0]:", "if False:", "tests/disk/test_folders.py"),
     Mutation("a folder of another user is refused", "cachedb/disk/folders.py", "if found.st_uid != directory.st_uid and not is_shared(directory):", "if False:", "tests/disk/test_folders.py"),
+    Mutation("nothing is shared if a file belongs to another user", "cachedb/operations/share.py", "for change in (_check_owner, _set_group_and_mode):", "for change in (_set_group_and_mode,):", "tests/operations/test_share.py -k as_a_whole"),
     Mutation("files follow the mode that their directory has now", "cachedb/disk/folders.py", '        """The present owner and mode of the directory: somebody may share the cache while it is open."""\n        return os.fstat(self.root)\n', '        self.__dict__.setdefault("seen", os.fstat(self.root))\n        return self.__dict__["seen"]\n', "tests/operations/test_share.py -k shared_while_it_is_open"),
     Mutation("a directory of another user is refused", "cachedb/disk/folders.py", "if owner != os.geteuid() and not trust and not is_shared(self.status):", "if False:", "tests/disk/test_folders.py"),
     Mutation("files that root makes get the directory's owner", "cachedb/disk/folders.py", "        os.fchown(file, folder.st_uid, folder.st_gid)\n", "        pass\n", "tests/disk/test_folders.py"),
@@ -192,7 +194,7 @@ MUTATIONS = [
     Mutation("a new index gets the directory's group", "cachedb/disk/folders.py", "        os.fchown(file, -1, folder.st_gid)  # it was made in another folder\n", "        pass\n", "tests/disk/test_folders.py -k gets_the_group"),
     Mutation("a new file of the cache follows the mode of the directory", "cachedb/disk/folders.py", "            apply_folder_mode(file, self.status)\n        except", "            pass\n        except", "tests/operations/test_share.py"),
     Mutation("a new index follows the mode of the directory", "cachedb/index/sqlite/backups.py", "            apply_folder_mode(file, database.folders.status)\n", "            pass\n", "tests/operations/test_share.py"),
-    Mutation("sharing changes the files of a cache too", "cachedb/operations/share.py", "                _set_group_and_mode(file, gid, _FILE_MODE)\n", "                pass\n", "tests/operations/test_share.py"),
+    Mutation("sharing changes the files of a cache too", "cachedb/operations/share.py", "                change(file, gid, _FILE_MODE)\n", "                pass\n", "tests/operations/test_share.py"),
     Mutation("a new directory has mode 0700 whatever the umask", "cachedb/index/sqlite/prepare.py", "            database.directory.chmod(0o700)  # whatever the umask\n", "", "tests/operations/test_share.py"),
     # Exit, signals, re-entry, unfinished files, closing, standard streams
     Mutation("work is done in the caller if no thread can be started", "cachedb/threads.py", "            if not started:\n                run()\n", "", "tests/test_exit.py"),

@@ -18,6 +18,7 @@ from cachedb.disk.layout import trash_name
 from cachedb.oci.digests import Digest
 from tests.conftest import Run, run_python, running
 from tests.index.sqlite.test_database import content
+from tests.support.index_file import change_index
 from tests.support.make import digest_of, image, oci_files, save
 
 APP = image(1, 2)
@@ -192,6 +193,24 @@ with Cache.open(sys.argv[1]) as cache:
             process.wait()
         run_python(BECOME + "become(1002)\nassert Cache.open(sys.argv[1]).get_leftovers() == []", path)
         assert not session.exists()
+
+
+@pytest.mark.slow
+@NEEDS_ROOT
+def test_a_cache_with_a_file_of_a_member_is_given_to_another_group_as_a_whole_or_not_at_all(shared: Path) -> None:
+    change_index(shared, "DROP VIEW image_usage")  # the index that a member rebuilds belongs to that member
+    repair = "with Cache.open(sys.argv[1], damaged=True) as cache:\n    cache.verify(repair=True)"
+    run_python(BECOME + "become(1002)\n" + repair, shared)
+    before = read_modes(shared)
+    share = f"Cache.open(sys.argv[1]).share('{GROUP + 1}')"
+    script = f"os.setgroups([{GROUP}, {GROUP + 1}])\nos.setgid(1001)\nos.setuid(1001)\ntry:\n    {share}\n"
+    found = run_python(BECOME + script + "except CacheError as error:\n    print(error)", shared)
+    assert "index.db' belongs to user 1002, so nothing was shared: run the command as root" in found
+    assert read_modes(shared) == before
+    run_python(BECOME + "become(1002)\nCache.open(sys.argv[1]).tag('app:1', 'app:2')", shared)
+    run_python(BECOME + share, shared)
+    member = f"os.setgroups([{GROUP + 1}])\nos.setgid(1003)\nos.setuid(1003)\n"
+    run_python(BECOME + member + "Cache.open(sys.argv[1]).tag('app:1', 'app:3')", shared)
 
 
 @pytest.mark.slow
