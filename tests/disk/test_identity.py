@@ -525,6 +525,47 @@ def test_a_process_that_locks_the_index_exclusively_is_named(cachedb: Run, direc
         assert cachedb("ps", env={**os.environ, "CACHEDB_WAIT": "0.3"}).returncode == 0
 
 
+# Another directory at the path of an open cache
+
+
+def assert_replaced(cache: Cache) -> None:
+    for call in (
+        lambda: save(cache, "app:2", image(2)),
+        lambda: cache.remove_manifest("app:1"),
+        lambda: cache.verify(repair=True),
+        cache.list_manifests,
+    ):
+        with pytest.raises(CacheReplaced, match="was moved, removed or replaced while it was open"):
+            call()
+
+
+def test_a_link_that_leads_to_another_cache_now_is_not_followed(directory: Path, tmp_path: Path) -> None:
+    link, second = tmp_path / "link", tmp_path / "second"
+    link.symlink_to(directory)
+    directory.mkdir()
+    with Cache.open(link) as cache, cache.hold():
+        save(cache, "app:1", APP)
+        shutil.copytree(directory, second)
+        link.unlink()
+        link.symlink_to(second)
+        before = read_files(second)
+        assert_replaced(cache)
+        assert read_files(second) == before
+        link.unlink()
+        link.symlink_to(directory)
+        cache.tag("app:1", "app:2")
+        assert list_names(cache) == ["app:1", "app:2"]
+
+
+def test_nothing_is_written_to_a_file_system_that_is_mounted_over_an_open_cache(cache: Cache) -> None:
+    save(cache, "app:1", APP)
+    with mounted(cache.directory, "-t", "tmpfs", "tmpfs") as empty:
+        assert_replaced(cache)
+        assert os.listdir(empty) == []
+    cache.tag("app:1", "app:2")
+    assert list_names(cache) == ["app:1", "app:2"]
+
+
 # The user's own output
 
 
