@@ -51,6 +51,7 @@ _LIMITS: Final = {
     sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 32,  # json_array collects all arguments before it measures its result
     sqlite3.SQLITE_LIMIT_COLUMN: 100,  # of a row, which takes memory as a whole
 }
+_TOO_MANY_TERMS: Final = ("too many terms in GROUP BY", "too many terms in ORDER BY")  # they have the limit of columns
 _MAX_DIGITS: Final = 9  # a number with more digits exceeds every limit
 _CALLS_LIMIT: Final = 200  # function calls in a query; one row may execute all of them
 _SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
@@ -371,7 +372,7 @@ def _translate_errors(
         if message.startswith("LIKE or GLOB pattern"):
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH]
             raise InvalidQuery(f"a pattern of LIKE or GLOB is over {limit} bytes: shorten it, or use instr()") from None
-        if message.startswith(("too many arguments on function", "too many columns in ", "too many terms in ")):
+        if message.startswith(("too many arguments on function", "too many columns in ", *_TOO_MANY_TERMS)):
             kind = sqlite3.SQLITE_LIMIT_FUNCTION_ARG if "arguments" in message else sqlite3.SQLITE_LIMIT_COLUMN
             raise InvalidQuery(f"{message}: use at most {_LIMITS[kind]}") from None
         if _REFUSAL.match(message):
