@@ -88,6 +88,7 @@ def test_an_open_cache_works_in_an_exit_handler_that_was_registered_before_it(tm
         cache.add_blob(b"first")
         """,
         tmp_path / "cache",
+        new_interpreter=True,
     )
     assert output.split() == ["1", "done"]
     with Cache.open(tmp_path / "cache") as cache:

@@ -24,7 +24,7 @@ _Tree = dict[int, str]  # for each process its start time, because a later proce
 
 
 def end_with_descendants(command: subprocess.Popen[bytes]) -> None:
-    """Ask a command and its descendants to end; kill those that still run after 10 seconds or at an interrupt."""
+    """Ask a command and its descendants to end; kill the rest after 10 seconds or at an interrupt."""
     tree: _Tree = {}
     try:
         tree |= (new := _find_descendants({command.pid}))

@@ -23,7 +23,7 @@ _GRACE_SECONDS = 1.0  # for a step to end by itself
 
 
 class StepWatcher:
-    """Exits if a step of a query goes on for some time after the query's time, or after a signal that ends it.
+    """Exits if a step of a query goes on after the query's time, or after a signal that ends it.
 
     Python runs signal handlers only between its own instructions, and SQLite can work for minutes on one of them. The
     process ends at once and cleans up nothing, so the query must change nothing. A slow reader of the output stops no

@@ -284,7 +284,7 @@ class Folders:
 
 
 def _close_after(owner: object, folder: int, status: os.stat_result) -> None:
-    """Close a folder when its owner is gone; not at the exit of Python, because exit handlers may still use it."""
+    """Close a folder when its owner is gone, but not at the exit of Python: exit handlers may use it."""
     weakref.finalize(owner, _close, folder, (status.st_dev, status.st_ino)).atexit = False
 
 

@@ -49,7 +49,10 @@ REVISION = "0007"
 """The newest migration; it is here and not in `cachedb.index`, to be read without SQLAlchemy."""
 
 OLDEST = 7
-"""The oldest schema whose releases can use an index of this revision: the ``oldest`` of the newest migration."""
+"""The oldest schema whose releases can use an index of this revision.
+
+It is the ``oldest`` of the newest migration.
+"""
 
 POLICY_FILE = "policy.toml"
 """The file in the cache directory that says which images to keep and to remove."""
@@ -66,7 +69,9 @@ _OWN_NAMES = re.compile(
 
 
 def check_destination(directory: Path, destination: Path) -> None:
-    """Raise if a file to write is the cache's own, or is in one of its folders, perhaps through a link or a bind mount.
+    """Raise if a file to write is the cache's own, or is in one of its folders.
+
+    A link or a bind mount may lead there.
 
     Args:
         directory: of the cache.

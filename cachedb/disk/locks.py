@@ -53,7 +53,7 @@ def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
         Busy: if the time to wait is over.
     """
     while True:
-        file = open_own(lambda: FileIO(path, "r+", opener=_open_or_create))
+        file = open_own(lambda: _LockFile(path, "r+", opener=_open_or_create))
         try:
             _lock(path, file.fileno(), fcntl.LOCK_EX, wait)
             if leads_to(path, file.fileno()):
@@ -91,6 +91,13 @@ def hold_folder_lock(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
                 return
         finally:
             release(folder)
+
+
+class _LockFile(FileIO):
+    """An open lock file; if an interrupt loses it, it is closed without a warning."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _LockFolder:

@@ -237,7 +237,7 @@ def _file_system_id(folder: int) -> str:
 
 
 def _read_generation(file: int) -> int | None:
-    """Return a number that differs if a file system gives an inode's number to a new file; None if it has none."""
+    """Return the generation of an inode; a new file with its number has another. None if unknown."""
     with suppress(OSError):
         (number,) = struct.unpack("i", fcntl.ioctl(file, _GET_GENERATION, bytes(struct.calcsize("l")))[:4])
         return int(number)

@@ -160,7 +160,7 @@ def find_quota_user(error: StorageError) -> int | None:
 
 
 def _allocate(file: int, size: int = RESERVE_BYTES) -> bool:
-    """Allocate the space of the reserve, or a part if the disk has no room for all; return whether it is all.
+    """Allocate the space of the reserve, or a part if there is no room for all; return whether it is all.
 
     Raises:
         OSError: if the disk has too little room, or the file system cannot allocate space.

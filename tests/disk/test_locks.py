@@ -421,6 +421,14 @@ def is_stopped(process: int) -> bool:
     return read_state(process) == "T"
 
 
+def test_a_lock_file_that_nobody_closes_is_closed_without_a_warning(tmp_path: Path) -> None:
+    assert locks.acquire(tmp_path / "lock") is not None
+    gc.collect()  # a warning in a finalizer would fail the test
+    again = locks.acquire(tmp_path / "lock", wait=False)
+    assert again is not None
+    locks.release(again)
+
+
 @pytest.mark.slow
 def test_dead_and_stopped_waiters_are_passed_over(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):

@@ -202,7 +202,7 @@ def test_a_cache_with_a_file_of_a_member_is_given_to_another_group_as_a_whole_or
     repair = "with Cache.open(sys.argv[1], damaged=True) as cache:\n    cache.verify(repair=True)"
     run_python(BECOME + "become(1002)\n" + repair, shared)
     before = read_modes(shared)
-    share = f"Cache.open(sys.argv[1]).share('{GROUP + 1}')"
+    share = f"with Cache.open(sys.argv[1]) as cache: cache.share('{GROUP + 1}')"
     script = f"os.setgroups([{GROUP}, {GROUP + 1}])\nos.setgid(1001)\nos.setuid(1001)\ntry:\n    {share}\n"
     found = run_python(BECOME + script + "except CacheError as error:\n    print(error)", shared)
     assert "index.db' belongs to user 1002, so nothing was shared: run the command as root" in found

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachedb import Cache, ImageInfo, oci
-from cachedb.content.save import save_image
+from cachedb.content.save import find_stored_part, save_image
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import CONFIG_TYPES, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -204,11 +204,12 @@ class Builder:
         self.cache.save_blob(digest_of(root), root)
         children = [entry["digest"] for entry in json.loads(root)["manifests"]]
         wanted = {digest for place, digest in enumerate(children) if place in chosen} or {children[0]}
-        # Save the index as a pull of some platforms does.
+        # Save the index as a pull of some platforms does, which keeps the platforms that the image has already.
+        parsed, digest = Name.parse(name), Digest(digest_of(root))
         with closing(Database(self.cache.directory)) as index, index.write() as connection:
+            wanted |= find_stored_part(connection, self.cache.directory, parsed, digest)
             choose = oci.choose_among({Digest(digest) for digest in wanted})
-            parsed = Name.parse(name)
-            save_image(connection, self.cache.directory, parsed, Digest(digest_of(root)), OCI_INDEX, choose)
+            save_image(connection, self.cache.directory, parsed, digest, OCI_INDEX, choose)
         self._point(name, root, wanted)
 
     def tag(self, source: str, target: str) -> None:

@@ -1,4 +1,4 @@
-"""Find the faults of a database file itself: damage, broken references, dropped objects, a switched journal mode."""
+"""Find the faults of a database file: damage, broken references, dropped objects, a lost WAL mode."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
 
 
 def _find_outside_changes(connection: Connection) -> Iterator[str]:
-    """Yield what other programs have changed in the schema of this release, as far as a rebuild repairs it."""
+    """Yield what other programs have changed in this release's schema, if a rebuild repairs it."""
     versions = read_versions(connection)
     if REVISION not in versions:
         return
