@@ -41,6 +41,10 @@ UNFINISHED_MARKER = re.compile(r"\.cachedb-[0-9a-f]{16}\.marker")
 """Matches the name of an unfinished marker, which stays if its writer dies."""
 
 _OPEN_MARKER = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_REASONS = {
+    errno.EACCES: "Permission denied: its owner can run `chmod -R a+rX` on the directory, or `cachedb init --shared`",
+    errno.ELOOP: "it is a symbolic link: put the file that it leads to in its place",
+}
 _FORMAT = 1  # of the directory: which file is where; the schema of the index has its own number
 _MAX_BYTES = 4096  # a longer marker is invalid
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -98,10 +102,8 @@ def read(folder: int | Path) -> Marker | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        advice = ""
-        if error.errno == errno.EACCES:
-            advice = ": its owner can run `chmod -R a+rX` on the directory, or `cachedb init --shared`"
-        raise NotACache(f"{MARKER!r} in the cache directory cannot be opened: {error.strerror}{advice}") from error
+        reason = _REASONS.get(error.errno or 0, error.strerror)
+        raise NotACache(f"{MARKER!r} in the cache directory cannot be opened: {reason}") from error
     try:
         with suppress(OSError):  # raised if it is a folder
             return _parse(os.read(file, _MAX_BYTES))
