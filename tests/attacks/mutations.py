@@ -418,6 +418,9 @@ MUTATIONS = [
     # Changes by other programs
     Mutation("a writer puts WAL mode back", "cachedb/index/sqlite/database.py", "                    ensure_wal(driver)\n", "                    pass\n", "tests/operations/test_verify.py -k wal"),
     Mutation("a lost WAL mode is reported", "cachedb/operations/verify.py", '    if mode != "wal":\n', "    if False:\n", "tests/operations/test_verify.py -k lost_wal"),
+    Mutation("an index with a journal is read under locks", "cachedb/index/sqlite/file.py", "                if journal and journal.st_size:\n", "                if False:\n", "tests/index/sqlite/test_reading_at_rest.py -k half_a_transaction"),
+    Mutation("an index whose last writer leaves is opened again", "cachedb/index/sqlite/database.py", "                if self.read_only and self.identify_file() != file:\n", "                if False:\n", "tests/index/sqlite/test_reading_at_rest.py -k last_writer"),
+    Mutation("an index that cannot be opened is not opened again", "cachedb/index/sqlite/database.py", "                if self.read_only and self.identify_file() != file:\n", "                if True:\n", "tests/index/sqlite/test_reading_at_rest.py -k at_once"),
     Mutation("the journal mode of an index at rest is read", "cachedb/index/sqlite/inspect.py", "    if \"changed=\" in database.identify_file()[2]:", "    if False:", "tests/operations/test_verify.py -k lost_wal"),
     Mutation("`db check` reports a lost WAL mode", "cachedb/index/drift.py", '    if journal_mode != "wal":\n', "    if False:\n", "tests/operations/test_upgrade.py -k drift_is_found"),
     Mutation("`verify` reports a trigger", "cachedb/index/drift.py", "WHERE type = 'trigger' ORDER BY name", "WHERE type = 'nothing' ORDER BY name", "tests/operations/test_verify.py -k trigger_is_reported"),

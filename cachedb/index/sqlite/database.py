@@ -113,8 +113,13 @@ class Database:
             file = self.identify_file()
             self.file.check_beside(read_only=self.read_only)
             settled = not self.read_only or self.file.is_settled()
-            with sqlite_errors(self.path, self.directory):
-                opened = connect(self.path, file, is_settled=settled, read_only=read_only)
+            try:
+                with sqlite_errors(self.path, self.directory):
+                    opened = connect(self.path, file, is_settled=settled, read_only=read_only)
+            except StorageError as error:
+                if self.read_only and self.identify_file() != file:
+                    raise IndexChanged from error  # its last writer has just removed the -wal and -shm
+                raise
             if "changed=" not in file[2]:
                 return opened
             return take_snapshot(opened, self.identify_file, lambda: sqlite_errors(self.path, self.directory))

@@ -72,6 +72,8 @@ def translate(
     }.get(code)
     if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
         advice = "there is not enough memory"
+    elif getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+        advice = "another program was killed while it wrote: run `cachedb verify` as a user who may write to the cache"
     elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
         sizes = (_size(f"{path}{suffix}") for suffix in ("", "-wal", "-shm"))
         if shortage := space.find_shortage(directory, RESERVE_BYTES, offset=max(sizes)):

@@ -84,12 +84,16 @@ class IndexFile:
         with os_errors("open the index"):
             mode = "mode=rw"
             if read_only:
-                wal = _status(f"{self._name}-wal")
+                wal, journal = _status(f"{self._name}-wal"), _status(f"{self._name}-journal")
                 # SQLite cannot create an -shm here. An index without a WAL is opened as immutable. One with a WAL and
                 # no -shm is not open in any process, and is read without locks.
                 mode = "mode=ro" if wal and wal.st_size else "mode=ro&immutable=1"
                 if mode == "mode=ro" and not os.path.exists(f"{self._name}-shm"):
                     mode = "mode=ro&vfs=unix-none"
+                if journal and journal.st_size:
+                    # Another program switched WAL mode off. The index may have half of its transaction, so SQLite must
+                    # look at the journal and take locks.
+                    mode = "mode=ro"
                 if mode != "mode=ro":
                     mode += f"&changed={_version(status)}.{_version(wal)}"  # our own parameter: SQLite ignores it
         return status.st_dev, status.st_ino, mode

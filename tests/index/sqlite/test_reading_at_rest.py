@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import select
 
 from cachedb import Cache, StorageError
+from cachedb.errors import Busy
 from cachedb.index.sqlite import connection, database
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.file import IndexFile
@@ -201,6 +202,90 @@ def test_an_index_that_was_just_written_is_read_again(at_rest: Path, monkeypatch
     assert not index.file.is_settled()
     os.utime(at_rest / "index.db", (1, 1))
     assert index.file.is_settled()
+
+
+def begin_with_journal(directory: Path) -> sqlite3.Connection:
+    """Switch WAL mode off, as another program may, and write half of a transaction to the index."""
+    shell = sqlite3.connect(directory / "index.db", isolation_level=None)
+    shell.execute("PRAGMA journal_mode = DELETE").close()
+    shell.execute("PRAGMA cache_size = 10")
+    shell.execute("BEGIN IMMEDIATE")
+    before = (directory / "index.db").read_bytes()
+    shell.execute("UPDATE trash SET size = 2")
+    assert (directory / "index.db").read_bytes() != before
+    os.utime(directory / "index.db", (1, 1))  # the writer pauses for long
+    return shell
+
+
+@pytest.mark.usefixtures("only_read")
+def test_half_a_transaction_with_a_journal_is_not_read(at_rest: Path) -> None:
+    shell = begin_with_journal(at_rest)
+    index = Database(at_rest, wait=0)
+    with pytest.raises(Busy, match="the index, which is held by"):
+        index.rows(select(TRASH.c.size), {})
+    shell.execute("COMMIT")
+    index.wait_seconds = 60
+    with run_query(index, ALL) as answer:
+        assert [size for _, size in answer.rows] == [2] * ROWS
+    index.close()
+    shell.close()
+
+
+@pytest.mark.usefixtures("only_read")
+def test_half_a_transaction_of_a_killed_program_is_not_read(at_rest: Path, tmp_path: Path) -> None:
+    shell = begin_with_journal(at_rest)
+    killed = tmp_path / "killed"
+    shutil.copytree(at_rest, killed)
+    shell.close()
+    index = Database(killed)
+    with pytest.raises(StorageError, match="another program was killed while it wrote: run `cachedb verify` as a user"):
+        index.rows(select(TRASH.c.size), {})
+    index.close()
+    with sqlite3.connect(killed / "index.db") as owner:
+        assert owner.execute("SELECT count(*) FROM trash WHERE size = 1").fetchone() == (ROWS,)
+    owner.close()
+
+
+@pytest.mark.usefixtures("only_read")
+@pytest.mark.parametrize("how", ["read", "rows", "sql"])
+def test_an_index_whose_last_writer_leaves_is_opened_again(
+    at_rest: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """SQLite needs an -shm for an index with a WAL, and the last writer has just removed it."""
+    shell = fill(at_rest, 2, close=False)
+
+    def leave(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+        shell.close()
+        assert not (at_rest / "index.db-wal").exists()
+        error = sqlite3.OperationalError("unable to open database file")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+        raise error
+
+    monkeypatch.setattr(database, "connect", leave)
+    index = Database(at_rest)
+    if how == "sql":
+        with run_query(index, "SELECT DISTINCT size FROM trash") as answer:
+            assert list(answer.rows) == [(2,)]
+    elif how == "rows":
+        assert index.rows(select(TRASH.c.size).distinct(), {}) == [(2,)]
+    else:
+        with index.read() as connection:
+            assert connection.exec_driver_sql("SELECT DISTINCT size FROM trash").all() == [(2,)]
+    index.close()
+
+
+@pytest.mark.usefixtures("only_read")
+def test_an_index_that_cannot_be_opened_is_an_error_at_once(at_rest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(database, "connect", fail)
+    index = Database(at_rest, wait=0)
+    with pytest.raises(StorageError, match="the index failed: unable to open database file"):
+        index.rows(select(TRASH.c.size), {})
+    index.close()
 
 
 @pytest.mark.usefixtures("only_read")
