@@ -207,7 +207,6 @@ class _Commands(SpellingGroup):
     "--wait",
     metavar="SECONDS",
     type=click.FloatRange(min=0),
-    envvar="CACHEDB_WAIT",
     help="How long to wait for another process; inf waits forever.  [default: $CACHEDB_WAIT, else 60]",
 )
 @click.option("--trust", is_flag=True, help="Write to another user's cache even if it is not shared.")

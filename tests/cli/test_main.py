@@ -43,6 +43,18 @@ def archive(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("value", ["abc", "-1", "nan"])
+def test_an_invalid_wait_is_reported_under_the_name_of_its_source(cachedb: Run, directory: Path, value: str) -> None:
+    Cache.open(directory).close()
+    done = cachedb("ls", env={**os.environ, "CACHEDB_WAIT": value})
+    error = f"cachedb: CACHEDB_WAIT is {value!r}: give a number of seconds, 0 or more, or inf\n"
+    assert (done.returncode, done.stderr) == (1, error)
+    done = cachedb("--wait", "-1", "ls", env={**os.environ, "CACHEDB_WAIT": value})
+    assert (done.returncode, "'--wait'" in done.stderr) == (2, True)
+    assert cachedb("--wait", "2", "ls", env={**os.environ, "CACHEDB_WAIT": value}).returncode == 0
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Path, directory: Path) -> None:
     imported = cachedb("import", archive, "--format", "json")
