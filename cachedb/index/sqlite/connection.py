@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cachedb.disk.byte_locks import lock_bytes
 from cachedb.disk.waiting import Wait
-from cachedb.errors import Busy, CacheReplaced, StorageError
+from cachedb.errors import Busy, CacheReplaced, StorageError, os_errors
 
 __all__ = ["CacheConnection", "IndexChanged", "connect", "lost_files_error", "pause_before_retry", "take_snapshot"]
 
@@ -113,6 +113,9 @@ def _identify(path: str) -> _FileId:
         status = os.stat(path)
     except FileNotFoundError:
         return None
+    except OSError:
+        with os_errors("open the index"):
+            raise
     return status.st_dev, status.st_ino
 
 

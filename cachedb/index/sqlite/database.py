@@ -99,6 +99,9 @@ class Database:
         except FileNotFoundError:
             self.access.check()
             raise lost_index_error(self.directory) from None
+        except OSError:
+            with os_errors("open the index"):  # only here, because each look-up identifies the file
+                raise
 
     def no_replacement(self) -> AbstractContextManager[None]:
         """Keep other processes from replacing the index in this block; a read-only cache has no such lock."""

@@ -51,7 +51,8 @@ class IndexFile:
     def is_new(self) -> bool:
         """Whether there is no index yet."""
         # An empty file is being created by another process, which holds the write lock.
-        return not exists(self.path) or not self.path.stat().st_size
+        with os_errors("open the index"):
+            return not exists(self.path) or not self.path.stat().st_size
 
     def create(self, folders: Folders) -> None:
         """Create an empty index file, unless there is one; the caller holds the write lock.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -911,3 +912,26 @@ def test_an_interrupt_at_the_end_of_any_block_of_a_write_leaves_no_lock(index: D
     print(wanted > 10)
     """
     assert run_python(script, index.directory) == "True\n"
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_losing_the_permission_for_an_open_index_is_our_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    Cache.open(directory).close()
+    index = Database(directory)
+    statement = select(TRASH.c.size)
+    assert index.rows(statement, {}) == []
+    stat, path = os.stat, f"{index.path}{suffix}"
+
+    def refuse(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(name) == path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(name, *arguments, **options)
+
+    monkeypatch.setattr("os.stat", refuse)
+    for read in (lambda: index.rows(statement, {}), index.revision):
+        with pytest.raises(StorageError, match="cannot open the index: Permission denied: .*: check the owner"):
+            read()
+    monkeypatch.undo()
+    index.close()
