@@ -20,7 +20,15 @@ from cachedb.disk.byte_locks import lock_bytes
 from cachedb.disk.waiting import Wait
 from cachedb.errors import Busy, CacheReplaced, StorageError, os_errors
 
-__all__ = ["CacheConnection", "IndexChanged", "connect", "lost_files_error", "pause_before_retry", "take_snapshot"]
+__all__ = [
+    "CacheConnection",
+    "IndexChanged",
+    "connect",
+    "has_locks",
+    "lost_files_error",
+    "pause_before_retry",
+    "take_snapshot",
+]
 
 _POLL_SECONDS = 0.02
 _SUFFIXES = ("-wal", "-shm")
@@ -163,6 +171,19 @@ def _register(connection: CacheConnection, path: str) -> None:
         _connections.add(connection)
 
 
+def has_locks(file: tuple[int, int, str]) -> bool:
+    """Return whether this process has an index and its WAL open, so that SQLite may hold locks for it.
+
+    Closing the file would release them, and a writer may then overwrite what an open query still reads. SQLite itself
+    takes care of that, except with ``vfs=unix-none``.
+
+    Args:
+        file: the identity of the index, from `IndexFile.identify`.
+    """
+    with _guard:
+        return any(other.file[:2] == file[:2] and any(other.beside) for other in _connections)
+
+
 def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_only: bool) -> CacheConnection:
     """Open a connection to the index.
 
@@ -176,6 +197,8 @@ def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_on
         sqlite3.Error: if the index cannot be opened.
         CacheReplaced: if the -wal or -shm was removed while this process had it open.
     """
+    if "vfs=" in file[2] and has_locks(file):
+        raise lost_files_error(str(path))  # the -shm was removed meanwhile
     mode = file[2].replace("mode=rw", "mode=ro") if read_only else file[2]
     connection = sqlite3.connect(
         f"{path.as_uri()}?{mode}",

@@ -22,7 +22,7 @@ from cachedb.disk.access import Access
 from cachedb.disk.folders import Folders
 from cachedb.disk.reserve import NO_ROOM_ERRNOS, Reserve
 from cachedb.disk.waiting import Wait, choose_wait_seconds
-from cachedb.errors import Busy, CacheError, StorageError, os_errors
+from cachedb.errors import Busy, CacheError, CacheReplaced, StorageError, os_errors
 from cachedb.index.sqlite.connection import (
     CacheConnection,
     IndexChanged,
@@ -48,7 +48,6 @@ from cachedb.index.tables import REVISION
 from cachedb.reentry import holding, is_held, not_reentered
 
 __all__ = ["CLOSED", "Database"]
-
 
 T = TypeVar("T")
 
@@ -120,7 +119,9 @@ class Database:
                 with sqlite_errors(self.path, self.directory):
                     opened = connect(self.path, file, is_settled=settled, read_only=read_only)
             except StorageError as error:
-                if self.read_only and self.identify_file() != file:
+                if self.read_only and isinstance(error, CacheReplaced):
+                    self._close_idle()
+                elif self.read_only and self.identify_file() != file:
                     raise IndexChanged from error  # its last writer has just removed the -wal and -shm
                 raise
             if "changed=" not in file[2]:
@@ -150,9 +151,12 @@ class Database:
             return False
         if not self.read_only:
             self.file.save_commits(connection)
+        self._close_idle()
+        raise lost_files_error(str(self.path))
+
+    def _close_idle(self) -> None:
         self._engine.dispose()  # while an old connection is open, SQLite shares its files with new ones
         self._lookups.close()
-        raise lost_files_error(str(self.path))
 
     @property
     def read_only(self) -> bool:
@@ -483,8 +487,7 @@ class Database:
     def close(self) -> None:
         """Close the idle connections; later calls open new ones."""
         with forks.no_fork():
-            self._engine.dispose()
-            self._lookups.close()
+            self._close_idle()
         self.reserve.refill()  # SQLite has just released two inodes
 
     def end(self) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, select
 
 from cachedb.disk.layout import OLDEST
 from cachedb.errors import DamagedIndex, os_errors
+from cachedb.index.sqlite.connection import has_locks
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.revision import (
     find_broken_keys,
@@ -77,8 +78,10 @@ def read_journal_mode(database: Database) -> str:
     """Return the journal mode that is stored in the index: ``wal``, unless an outside program switched it."""
     with database.look() as connection:
         mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
-    if "changed=" in database.identify_file()[2]:
-        # SQLite read a copy in memory, so it holds no lock on the file that closing it here would release.
-        with os_errors("read the index"), database.path.open("rb") as file:
-            mode = "wal" if os.pread(file.fileno(), 2, 18) == _IN_WAL_MODE else "delete"
+    found = database.identify_file()
+    if "changed=" in found[2]:  # SQLite read a copy in memory
+        mode = "wal"
+        if not has_locks(found):
+            with os_errors("read the index"), database.path.open("rb") as file:
+                mode = "wal" if os.pread(file.fileno(), 2, 18) == _IN_WAL_MODE else "delete"
     return mode

@@ -931,7 +931,7 @@ def test_losing_the_permission_for_an_open_index_is_our_error(
 
     monkeypatch.setattr("os.stat", refuse)
     for read in (lambda: index.rows(statement, {}), index.revision):
-        with pytest.raises(StorageError, match="cannot open the index: Permission denied: .*: check the owner"):
+        with pytest.raises(StorageError, match=r"cannot open the index: Permission denied: .*: check the owner"):
             read()
     monkeypatch.undo()
     index.close()

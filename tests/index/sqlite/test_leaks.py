@@ -156,6 +156,7 @@ def test_a_connection_whose_pragma_fails_is_closed(
     monkeypatch.setattr(connection, "CacheConnection", Failing)
     device, inode, mode = index.identify_file()
     if pragma == "locking_mode":
+        monkeypatch.setattr(connection, "has_locks", lambda _: False)
         monkeypatch.setattr(index, "identify_file", lambda: (device, inode, f"{mode}&vfs=unix-none"))
     with pytest.raises(StorageError), index.raw():
         pass

@@ -15,10 +15,11 @@ import pytest
 from sqlalchemy import select
 
 from cachedb import Cache, StorageError
-from cachedb.errors import Busy
+from cachedb.errors import Busy, CacheReplaced
 from cachedb.index.sqlite import connection, database
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.file import IndexFile
+from cachedb.index.sqlite.inspect import read_journal_mode
 from cachedb.index.sqlite.query import run_query
 from cachedb.index.tables import TRASH
 from tests.conftest import running
@@ -296,6 +297,67 @@ def test_a_write_to_a_read_only_index_is_refused(at_rest: Path) -> None:
         connection.exec_driver_sql("DELETE FROM trash")
     index.close()
     assert (at_rest / "index.db").read_bytes() == before
+
+
+SHELL = """
+    import sqlite3, sys
+    shell = sqlite3.connect(sys.argv[1] + "/index.db", isolation_level=None)
+    shell.execute("PRAGMA wal_autocheckpoint = 0")
+    shell.execute("UPDATE trash SET size = 2")
+    shell.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    print("begun", flush=True)
+    for line in sys.stdin:
+        shell.execute(line).fetchall()
+        print("done", flush=True)
+    shell.close()
+"""
+
+
+def execute(shell: subprocess.Popen[str], statement: str) -> None:
+    assert shell.stdin is not None
+    assert shell.stdout is not None
+    print(statement, file=shell.stdin, flush=True)
+    assert shell.stdout.readline() == "done\n"
+
+
+@pytest.mark.usefixtures("only_read")
+@pytest.mark.parametrize("change", ["the -shm is removed", "the WAL is emptied"])
+def test_an_open_query_keeps_its_locks_during_other_calls(at_rest: Path, tmp_path: Path, change: str) -> None:
+    """The last writer overwrites the index without regard to readers that have no lock on it."""
+    query, shm = "SELECT size FROM trash ORDER BY digest", at_rest / "index.db-shm"
+    with running(SHELL, at_rest) as shell:
+        index = Database(at_rest)
+        assert index.rows(select(TRASH.c.size).limit(1), {}) == [(2,)]  # leaves an idle connection
+        with run_query(index, query, stream=True) as answer:
+            rows = [next(answer.rows) for _ in range(10)]
+            execute(shell, "PRAGMA wal_checkpoint(TRUNCATE)")
+            if change == "the WAL is emptied":
+                assert read_journal_mode(index) == "wal"
+            else:
+                execute(shell, "UPDATE trash SET size = 3")
+                shm.rename(tmp_path / shm.name)
+                with pytest.raises(CacheReplaced, match="was removed or replaced"), run_query(index, query):
+                    pass
+                (tmp_path / shm.name).rename(shm)
+            execute(shell, "UPDATE trash SET size = 4")
+            shell.communicate(timeout=60)
+            rows += answer.rows
+        assert rows == [(2,)] * ROWS
+    index.close()
+
+
+@pytest.mark.usefixtures("only_read")
+def test_a_lost_shm_ends_only_one_query(at_rest: Path) -> None:
+    with running(SHELL, at_rest) as shell:
+        index = Database(at_rest)
+        assert index.rows(select(TRASH.c.size).limit(1), {}) == [(2,)]  # leaves an idle connection
+        execute(shell, "UPDATE trash SET size = 3")
+        (at_rest / "index.db-shm").unlink()
+        with pytest.raises(CacheReplaced, match="was removed or replaced"), run_query(index, ALL):
+            pass
+        with run_query(index, "SELECT DISTINCT size FROM trash") as answer:
+            assert list(answer.rows) == [(3,)]
+        index.close()
 
 
 READER = f"""
