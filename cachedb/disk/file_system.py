@@ -158,7 +158,7 @@ def _find_mmap_fault(ours: int, other: int) -> str | None:
 
 def _find_name_fault(path: str, second: str) -> str | None:
     try:
-        os.link(path, second)
+        os.link(path, second, follow_symlinks=False)
         linked = os.path.samefile(path, second)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
