@@ -442,7 +442,7 @@ class Unshared(mmap.mmap):
         (mmap, "mmap", refuse(errno.ENODEV), r"processes cannot share memory \(mmap\): No such device"),
         (mmap, "mmap", Unshared, r"processes do not share memory \(mmap\)"),
         (os, "link", refuse(errno.EPERM), "there are no hard links: Operation not permitted"),
-        (os, "link", lambda _, new: Path(new).touch(), "a hard link is another file"),
+        (os, "link", lambda _, new, **__: Path(new).touch(), "a hard link is another file"),
         (os, "rename", refuse(errno.EIO), "files cannot be renamed: Input/output error"),
         (os, "rename", lambda old, new: Path(new).touch(), "a renamed file keeps its old name"),
     ],
