@@ -26,6 +26,8 @@ from tests.support.command_server import CommandServer
 
 # A shell's background job ignores SIGINT, and the processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # `nohup` ignores it; a new program begins without the handler
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # Otherwise each worker would rewrite all asserts again, and each process that a test starts would compile the package.
 sys.dont_write_bytecode = False
