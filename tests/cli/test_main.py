@@ -498,12 +498,12 @@ def test_a_third_signal_ends_a_command_whose_thread_is_stuck(directory: Path, tm
     with Cache.open(directory) as cache:
         make.save(cache, "app:1", make.image(1))
     script = """
-import signal, threading
+import os, signal, threading
 from cachedb.cli.main import main
 from cachedb.operations import copy
 
 def wait_for_ever(*_):
-    os.write(1, b"stuck\n")  # in one piece, because several threads come here
+    os.write(1, b"stuck\\n")  # in one piece, because several threads come here
     threading.Event().wait()
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
