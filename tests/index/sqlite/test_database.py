@@ -919,19 +919,19 @@ def test_losing_the_permission_for_an_open_index_is_our_error(
     directory: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     Cache.open(directory).close()
-    index = Database(directory)
     statement = select(TRASH.c.size)
-    assert index.rows(statement, {}) == []
-    stat, path = os.stat, f"{index.path}{suffix}"
+    stat, path = os.stat, f"{directory}/index.db{suffix}"
 
     def refuse(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
         if str(name) == path:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return stat(name, *arguments, **options)
 
-    monkeypatch.setattr("os.stat", refuse)
-    for read in (lambda: index.rows(statement, {}), index.revision):
-        with pytest.raises(StorageError, match=r"cannot open the index: Permission denied: .*: check the owner"):
-            read()
+    with closing(Database(directory)) as index:
+        assert index.rows(statement, {}) == []
+        monkeypatch.setattr("os.stat", refuse)
+        for read in (lambda: index.rows(statement, {}), index.revision):
+            with pytest.raises(StorageError, match=r"cannot open the index: Permission denied: .*: check the owner"):
+                read()
     monkeypatch.undo()
     index.close()
