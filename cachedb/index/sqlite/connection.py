@@ -241,7 +241,10 @@ def take_snapshot(
     Raises:
         IndexChanged: if the file changed meanwhile, or may have changed.
     """
-    copy = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=CacheConnection)
+    # With URIs, which a backup of this copy needs: not every SQLite understands them by default.
+    copy = sqlite3.connect(
+        "file::memory:", uri=True, check_same_thread=False, isolation_level=None, factory=CacheConnection
+    )
     copy.file = connection.file
     try:
         with closing(connection), translated():
