@@ -12,13 +12,13 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
-from pathlib import Path
+
+from cachedb.disk.lock_holders import PARENT, START, STATE, read_stat
 
 __all__ = ["end_with_descendants"]
 
 _PATIENCE_SECONDS = 10.0  # for the processes to end before they are killed
 _POLL_SECONDS = 0.02
-_STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat, counted after the command
 
 _Tree = dict[int, str]  # for each process its start time, because a later process may get the same pid
 
@@ -53,21 +53,14 @@ def _find_descendants(roots: set[int]) -> _Tree:
     """Return the descendants of processes; none without /proc."""
     found: _Tree = {}
     with suppress(OSError):
-        stats = {int(name): _read_stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
+        stats = {int(name): read_stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
         parents = roots
         while parents:
-            parents = {pid for pid, stat in stats.items() if stat and int(stat[_PARENT]) in parents}
-            found |= {pid: stats[pid][_START] for pid in parents}
+            parents = {pid for pid, stat in stats.items() if stat and int(stat[PARENT]) in parents}
+            found |= {pid: stats[pid][START] for pid in parents}
     return found
 
 
 def _is_running(pid: int, start: str) -> bool:
-    stat = _read_stat(pid)
-    return bool(stat) and stat[_START] == start and stat[_STATE] not in "ZX"
-
-
-def _read_stat(pid: int) -> list[str]:
-    """Return the fields of a process's stat file after its command; none if it has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    return []
+    stat = read_stat(pid)
+    return bool(stat) and stat[START] == start and stat[STATE] not in "ZX"

@@ -14,17 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = [
+    "PARENT",
     "RECORD",
+    "START",
+    "STATE",
     "UNKNOWN",
     "Process",
     "clear_record",
     "find_flock_holder",
     "find_index_writer",
     "read_record",
+    "read_stat",
     "this_process",
     "write_record",
 ]
 
+
+STATE, PARENT, START = 0, 1, 19
+"""The fields of `read_stat`: the state, the parent's pid, and the start in clock ticks since the boot."""
 
 RECORD = 1
 """The offset of the record in a lock file, in bytes: after the mark of `turns.Turn`."""
@@ -33,7 +40,6 @@ _RECORD_BYTES = 4096  # a longer record is not read
 _MAX_COMMAND_CHARS = 120
 _WAL_WRITE_LOCK = (120, 120)  # in -shm, the byte that a SQLite writer locks ("WAL-Index Locking Matrix")
 _INDEX_LOCKS = (0x40000000, 0x40000000 + 511)  # the bytes of an index that SQLite locks (its os.h)
-_START_FIELD = 19  # the start time in /proc/PID/stat, counted after the command; in clock ticks since the boot
 
 
 class Process(NamedTuple):
@@ -74,10 +80,16 @@ def _this_process(pid: int) -> Process:
     return Process(pid, command, os.geteuid(), _read_start(pid), _read_namespace())
 
 
+def read_stat(pid: int) -> list[str]:
+    """Return the fields of a process's stat file after its command; none if it has ended: see proc(5)."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return []
+
+
 def _read_start(pid: int) -> str:
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[_START_FIELD]
-    return ""
+    stat = read_stat(pid)
+    return stat[START] if stat else ""
 
 
 def _read_namespace() -> str:
