@@ -23,17 +23,6 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyproject.toml"))
 """The Pythons in the classifiers. If one is missing, CI fails; elsewhere nox skips it."""
 FAST = ("-m", "not slow and not attack")
-CORE = (
-    "tests/index/sqlite",
-    "tests/disk/test_folders.py",
-    "tests/disk/test_forks.py",
-    "tests/disk/test_locks.py",
-    "tests/content/test_publish.py",
-    "tests/operations/test_share.py",
-    "tests/test_closing.py",
-    "tests/test_exit.py",
-)
-"""Tests that may differ between Pythons and users: connections, threads, forks, signals, owners."""
 TEST_USER = "cachedb-ci"
 SYSTEM_PYTHON = "/usr/bin/python3"  # another Python may be in a home directory that only its owner can enter
 
@@ -49,12 +38,6 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the fast tests."""
     run_pytest(session, *FAST)
-
-
-@nox.session(python=PYTHONS)
-def core(session: nox.Session) -> None:
-    """Run the tests that may differ between Pythons."""
-    run_pytest(session, "-m", "not attack", *CORE)
 
 
 @nox.session(python=PYTHONS)
