@@ -115,6 +115,7 @@ MUTATIONS = [
     Mutation("a commit without the shared -wal and -shm is rolled back", "cachedb/index/sqlite/transaction.py", "        check_files()\n", "", "tests/disk/test_identity.py -k shared_memory"),
     Mutation("a removed WAL is written back", "cachedb/index/sqlite/file.py", "            connection.save_commits()\n", "            pass\n", "tests/disk/test_identity.py -k saved_while"),
     Mutation("a removed WAL is not written over a new one", "cachedb/index/sqlite/connection.py", "            _pin_if_lost(self)\n", "", "tests/disk/test_identity.py -k beside"),
+    Mutation("a connection is closed though its files cannot be looked at", "cachedb/index/sqlite/connection.py", "    with suppress(OSError, StorageError):", "    with suppress(OSError):", "tests/index/sqlite/test_leaks.py -k closes_its_connections"),
     Mutation("a new connection does not share removed files in its process", "cachedb/index/sqlite/connection.py", "        if any(_is_lost(other.beside, found) for other in others):", "        if False:", "tests/disk/test_identity.py -k second_connection"),
     Mutation("a copy made of hard links is read-only", "cachedb/disk/access.py", " or self._refusal is not None or self._shortage", " or self._shortage", "tests/disk/test_identity.py -k hard_links"),
     Mutation("a copy made of hard links is noticed while the cache is open", "cachedb/disk/folders.py", "        self.check_links()\n        self.mark(new=False)\n", "        self.mark(new=False)\n", "tests/disk/test_identity.py -k open_cache"),

@@ -142,7 +142,7 @@ def _pin_if_lost(connection: CacheConnection) -> None:
     index. So this process opens the index once more, and locks a part of it. The file stays open, because closing it
     would release all locks that SQLite has on the index.
     """
-    with suppress(OSError):
+    with suppress(OSError, StorageError):  # whoever cannot look at the files must still close them
         found = _identify_beside(connection.path)
         if not _is_lost(connection.beside, found) or not any(
             new not in (None, old) for new, old in zip(found, connection.beside, strict=True)

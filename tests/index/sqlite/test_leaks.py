@@ -6,11 +6,13 @@ such a connection on every Python: they keep the error alive, so that the collec
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -105,12 +107,30 @@ def run_alembic_on_unmarked_index(filled: Path, patch: pytest.MonkeyPatch) -> No
     command.upgrade(schema.alembic_config(), "head")
 
 
+def look_up_without_permission_for_the_wal(filled: Path, patch: pytest.MonkeyPatch) -> None:
+    stat, wal = os.stat, f"{filled}/index.db-wal"
+
+    def refuse(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(name) == wal:
+            raise PermissionError(errno.EACCES, "Permission denied", wal)
+        return stat(name, *arguments, **options)
+
+    statement = select(literal(1))
+    with closing(Database(filled)) as index:
+        index.rows(statement, {})
+        with index.read():
+            pass
+        patch.setattr("os.stat", refuse)
+        index.rows(statement, {})
+
+
 @pytest.mark.parametrize(
     ("operation", "error"),
     [
         (open_cut_index, DamagedIndex),
         (open_other_database, (DamagedIndex, NotACache)),
         (look_up_in_cut_index, DamagedIndex),
+        (look_up_without_permission_for_the_wal, StorageError),
         (restore_cut_backup, DamagedIndex),
         (restore_missing_backup, NotInCache),
         (restore_without_agreement, StorageError),
