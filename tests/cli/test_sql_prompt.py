@@ -17,8 +17,8 @@ import pytest
 
 from cachedb import Cache
 from tests.conftest import Run
-from tests.index.sqlite.test_query import ENDLESS
 from tests.support import make
+from tests.support.queries import ENDLESS
 from tests.support.waiting import wait_until
 
 PROMPT = "cachedb> "

@@ -36,7 +36,7 @@ SCRIPT = """
     from cachedb.index.sqlite import backups
     from cachedb.index.sqlite import database
     from cachedb.disk import forks, locks, turns
-    from cachedb.index.sqlite import query
+    from cachedb.index.sqlite import functions
     from cachedb.operations import upgrade
     from tests.support import make
     from tests.support.make import save
@@ -271,7 +271,7 @@ def test_a_child_forked_during_an_export_keeps_no_lock_of_the_folder(directory: 
 @pytest.mark.slow
 def test_a_fork_interrupts_a_long_query_which_then_runs_again(directory: Path, other: Path) -> None:
     prepare = """
-    query._human = lambda _: stopped.set() or (None if resume.is_set() else "")
+    functions._human = lambda _: stopped.set() or (None if resume.is_set() else "")
     """
     work = """
     with cache.sql("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "

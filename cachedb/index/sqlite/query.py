@@ -10,8 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
-from functools import partial
 from tempfile import SpooledTemporaryFile
 from typing import Any, Final, NamedTuple
 
@@ -19,14 +17,12 @@ from cachedb.callbacks import Callbacks
 from cachedb.disk import forks
 from cachedb.errors import CacheError, InvalidQuery, os_errors, query_timeout_error
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.functions import ALLOWED, MAX_VALUE_BYTES, Value, create_functions
 from cachedb.index.sqlite.mistakes import find_mistake
-from cachedb.text import format_age, format_size
+from cachedb.text import format_size
 
 __all__ = ["Answer", "is_complete", "run_query"]
 
-
-Value = str | int | float | None
-"""A value of a query's parameter or result."""
 
 _CHECK_OPCODES = 2_000  # opcodes of SQLite's virtual machine between two checks of the time and of signals
 _FORK_WAIT_SECONDS = 0.1  # a fork waits this long for a query; then the query stops, and starts again after the fork
@@ -46,38 +42,13 @@ _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_l
 _VIRTUAL_TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
 # These limits bound the time and memory of a single opcode and of a row, which cannot be checked in between.
 _LIMITS: Final = {
-    sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value; values in the index are smaller
+    sqlite3.SQLITE_LIMIT_LENGTH: MAX_VALUE_BYTES,
     sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes; a match takes time in proportion to pattern times text
     sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 32,  # json_array collects all arguments before it measures its result
     sqlite3.SQLITE_LIMIT_COLUMN: 100,  # of a row, which takes memory as a whole
 }
 _TOO_MANY_TERMS: Final = ("too many terms in GROUP BY", "too many terms in ORDER BY")  # they have the limit of columns
-_MAX_DIGITS: Final = 9  # a number with more digits exceeds every limit
 _CALLS_LIMIT: Final = 200  # function calls in a query; one row may execute all of them
-_SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
-_FORMAT_CALL: Final = re.compile(r"\b(?:printf|format)\b", re.IGNORECASE)
-# The groups are width, precision and type.
-_SPECIFIER: Final = re.compile(r"%[-+ #!0,]*(\d+|\*)?(?:\.(\d+|\*)?)?l{0,2}(.?)", re.DOTALL)
-_QUICK_CALL: Final = re.compile(r"\b(?:instr|[lr]?trim)\([\w.]+, ?'[^']{1,8}'\)")
-# SQLite's functions that change nothing, access only the index, and take time proportional to their arguments.
-# `_instr`, `_replace`, `_trim` and `_Format` replace those that take longer. Later releases of SQLite may add unsafe
-# functions, so the list names the allowed ones.
-_FUNCTIONS: Final = frozenset(
-    """
-    -> ->> abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling changes char coalesce concat concat_ws cos cosh
-    count cume_dist current_date current_time current_timestamp date datetime degrees dense_rank exp first_value floor
-    format glob group_concat hex if ifnull iif instr json json_array json_array_length json_error_position json_extract
-    json_group_array json_group_object json_insert json_object json_pretty json_quote json_remove json_replace json_set
-    json_type json_valid jsonb jsonb_array jsonb_extract jsonb_group_array jsonb_group_object jsonb_insert jsonb_object
-    jsonb_remove jsonb_replace jsonb_set julianday lag last_insert_rowid last_value lead length like likelihood likely
-    ln log log10 log2 lower ltrim max median min mod nth_value ntile nullif octet_length percent_rank percentile
-    percentile_cont percentile_disc pi pow power printf quote radians random randomblob rank replace round row_number
-    rtrim sign sin sinh soundex sqlite_compileoption_get sqlite_compileoption_used sqlite_source_id sqlite_version sqrt
-    strftime string_agg substr substring subtype sum tan tanh time timediff total total_changes trim trunc typeof
-    unhex unicode unistr unistr_quote unixepoch unlikely upper zeroblob
-    ago human
-    """.split()  # noqa: SIM905
-)
 _REFUSAL = re.compile(
     r"not authorized|authorization denied|attempt to write|cannot (?:modify|VACUUM)|.* may not be modified"
 )
@@ -185,9 +156,9 @@ def _begin_query(
 ) -> sqlite3.Cursor:
     """Start the only query that a connection may run; return its cursor, before the first row."""
     connection.execute("PRAGMA query_only = ON")
-    connection.create_function("human", 1, callbacks.function(_human), deterministic=True)
-    connection.create_function("ago", 1, callbacks.function(_ago))
-    _limit_opcodes(connection, query)
+    for limit, value in _LIMITS.items():
+        connection.setlimit(limit, value)
+    create_functions(connection, query, callbacks)
     # Python handles signals only when SQLite calls back into Python.
     files = _TemporaryFiles()
 
@@ -363,11 +334,11 @@ def _translate_errors(
         if code in _STORAGE_CODES:
             raise
         if function := re.match("not authorized to use function: (.+)", message):
-            if function[1] in _FUNCTIONS:
+            if function[1] in ALLOWED:
                 raise InvalidQuery(f"the query has over {_CALLS_LIMIT} function calls: make it shorter") from None
             raise InvalidQuery(f"the function {function[1]!r} is not allowed in a query: leave it out") from None
         if code == sqlite3.SQLITE_TOOBIG and message.startswith("string or blob"):
-            most = format_size(_LIMITS[sqlite3.SQLITE_LIMIT_LENGTH])
+            most = format_size(MAX_VALUE_BYTES)
             raise InvalidQuery(f"a value in the query is over {most}: split it into rows") from None
         if message.startswith("LIKE or GLOB pattern"):
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH]
@@ -389,27 +360,6 @@ def _translate_errors(
         raise InvalidQuery(message + hint, place) from None
 
 
-def _set_limits(connection: sqlite3.Connection) -> None:
-    for limit, value in _LIMITS.items():
-        connection.setlimit(limit, value)
-
-
-def _limit_opcodes(connection: sqlite3.Connection, query: str) -> None:
-    """Ensure that no single opcode of a query takes long, because SQLite cannot be stopped during one."""
-    _set_limits(connection)
-    # The time of SQLite's own functions is proportional to the product of both lengths. With a short literal, as in
-    # the views, they are faster than ours.
-    if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):
-        connection.create_function("instr", 2, _instr, deterministic=True)
-        connection.create_function("replace", 3, _replace, deterministic=True)
-        for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
-            connection.create_function(name, 2, partial(_trim, strip), deterministic=True)
-    # SQLite's own function writes all characters of a large width or precision, even if the value is then too large.
-    if _FORMAT_CALL.search(query):
-        for name in ("printf", "format"):
-            connection.create_function(name, -1, _Format(), deterministic=True)
-
-
 def _authorizer() -> Callable[..., int]:
     """Return an authorizer that allows one query to read, and to call up to `_CALLS_LIMIT` safe functions."""
     calls = 0
@@ -418,95 +368,9 @@ def _authorizer() -> Callable[..., int]:
         nonlocal calls
         if action == sqlite3.SQLITE_FUNCTION:
             calls += 1
-            return sqlite3.SQLITE_OK if second in _FUNCTIONS and calls <= _CALLS_LIMIT else sqlite3.SQLITE_DENY
+            return sqlite3.SQLITE_OK if second in ALLOWED and calls <= _CALLS_LIMIT else sqlite3.SQLITE_DENY
         if action in _ALLOWED_ACTIONS or (action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS):
             return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
     return authorize
-
-
-def _instr(text: Any, part: Any) -> int | None:  # noqa: ANN401
-    if text is None or part is None:
-        return None
-    if not (isinstance(text, bytes) and isinstance(part, bytes)):
-        text, part = _as_text(text), _as_text(part)
-    return int(text.find(part)) + 1
-
-
-def _replace(text: Any, old: Any, new: Any) -> Any:  # noqa: ANN401
-    if text is None or old is None or new is None:
-        return None
-    where, old, new = _as_text(text), _as_text(old), _as_text(new)
-    if not old:
-        return where if isinstance(text, bytes) else text  # as SQLite does
-    if len(where) + where.count(old) * (len(new) - len(old)) > _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]:
-        raise OverflowError  # before the result takes memory
-    return where.replace(old, new)
-
-
-def _trim(strip: Callable[[str, str], str], text: Any, characters: Any) -> str | None:  # noqa: ANN401
-    if text is None or characters is None:
-        return None
-    # `str.strip` compares each character of the text with all of `characters`, so drop duplicates.
-    return strip(_as_text(text), "".join(set(_as_text(characters))))
-
-
-class _Format:
-    """An SQL function like SQLite's printf that refuses to produce too large values."""
-
-    def __init__(self) -> None:
-        self._connection: sqlite3.Connection | None = None
-
-    def __del__(self) -> None:
-        if self._connection is not None:  # SQLite drops the function when the query's connection closes
-            self._connection.close()
-
-    def __call__(self, *arguments: Value) -> Value:
-        if arguments and arguments[0] is not None:
-            _check_format(_as_text(arguments[0]), iter(arguments[1:]))
-        if self._connection is None:
-            self._connection = sqlite3.connect(":memory:", check_same_thread=False)
-            _set_limits(self._connection)
-        placeholders = ", ".join("?" * len(arguments))
-        found: Value = self._connection.execute(f"SELECT printf({placeholders})", arguments).fetchone()[0]
-        return found
-
-
-def _check_format(text: str, values: Iterator[Value]) -> None:
-    """Raise `OverflowError` if the widths and precisions of a format add up to a value that is too large."""
-    limit, size = _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH], 0
-    for specifier in _SPECIFIER.finditer(text):
-        width, precision, kind = specifier.groups()
-        for number in (width, precision):
-            size += _absolute(next(values, None) if number == "*" else number, limit)
-        if size > limit:
-            raise OverflowError
-        if kind not in ("%", "n"):  # these two take no value
-            next(values, None)
-
-
-def _absolute(value: Value, limit: int) -> int:
-    """Return the absolute value as SQLite converts it to an integer, at most ``limit + 1``."""
-    if isinstance(value, (str, bytes)):
-        number = re.match(r"\s*[-+]?0*(\d+)", _as_text(value))
-        if number is None:
-            return 0
-        value = int(number[1]) if len(number[1]) <= _MAX_DIGITS else limit + 1
-    return 0 if value is None else int(min(abs(value), limit + 1))
-
-
-def _as_text(value: Any) -> str:  # noqa: ANN401
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _human(size: Value) -> str | None:
-    return format_size(size) if isinstance(size, (int, float)) else None
-
-
-def _ago(time: Value) -> str | None:
-    try:
-        then = datetime.fromisoformat(time) if isinstance(time, str) else None
-    except ValueError:
-        return None
-    return None if then is None else format_age(then if then.tzinfo else then.replace(tzinfo=UTC))
