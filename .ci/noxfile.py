@@ -24,7 +24,6 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyprojec
 """The Pythons in the classifiers. If one is missing, CI fails; elsewhere nox skips it."""
 FAST = ("-m", "not slow and not attack")
 TEST_USER = "cachedb-ci"
-SYSTEM_PYTHON = "/usr/bin/python3"  # another Python may be in a home directory that only its owner can enter
 
 
 def run_pytest(session: nox.Session, *arguments: str) -> None:
@@ -53,8 +52,12 @@ def full(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
-def user(session: nox.Session) -> None:
-    """Run the fast tests as a user without privileges; needs root, and creates the user."""
+@nox.parametrize("version", PYTHONS, ids=PYTHONS)
+def user(session: nox.Session, version: str) -> None:
+    """Run the fast tests, and the slow ones with peers, as a user without privileges.
+
+    It needs root, creates the user, and needs a Python outside of root's home directory.
+    """
     if os.geteuid():
         session.skip("only root can become another user: run `nox -s tests` instead")
     if TEST_USER not in {entry.pw_name for entry in pwd.getpwall()}:
@@ -63,13 +66,14 @@ def user(session: nox.Session) -> None:
         )  # also allocates the subordinate ids that podman needs
     home = Path(pwd.getpwnam(TEST_USER).pw_dir)
     with copied_checkout(home) as checkout:
-        python = make_environment(session, checkout, SYSTEM_PYTHON)
+        python = make_environment(session, checkout, f"python{version}")
         (checkout / "run").mkdir(mode=0o700)
         session.run("chown", "-R", f"{TEST_USER}:", str(checkout.parent), external=True)
         session.chdir(checkout)
         environment = [f"HOME={home}", f"TMPDIR={checkout.parent}", f"XDG_RUNTIME_DIR={checkout / 'run'}"]
-        become = ["runuser", "-u", TEST_USER, "--", "env", *environment]
-        session.run(*become, python, "-m", "pytest", "-q", "-n", "auto", *FAST, *session.posargs, external=True)
+        command = ["runuser", "-u", TEST_USER, "--", "env", *environment, python, "-m", "pytest", "-q", "-n", "auto"]
+        session.run(*command, *FAST, *session.posargs, external=True)
+        session.run(*command, "-m", "slow and not attack", "tests/peers", *session.posargs, external=True)
 
 
 @nox.session(python=False)

@@ -25,6 +25,7 @@ from cachedb.operations import upgrade
 from tests.conftest import Run, files_of, run_python, stored_rows
 from tests.index.sqlite.test_database import content
 from tests.support.make import digest_of, hex_of, image, save
+from tests.support.mounting import mounted
 
 APP = image(1, 2)
 
@@ -227,14 +228,11 @@ def test_a_restore_takes_no_files_behind_a_link_for_blobs(directory: Path, elsew
 
 def test_a_folder_on_another_file_system_is_refused(directory: Path) -> None:
     Cache.open(directory).close()
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory / "trash"], check=True)
-    try:
-        (directory / "trash" / f"sha256-{'a' * 64}").touch()
+    with mounted(directory / "trash", "-t", "tmpfs", "tmpfs") as trash:
+        (trash / f"sha256-{'a' * 64}").touch()
         with pytest.raises(NotOurs, match="trash' is on another file system"):
             Cache.open(directory)
-        assert os.listdir(directory / "trash") == [f"sha256-{'a' * 64}"]
-    finally:
-        subprocess.run(["umount", "-l", directory / "trash"], check=True)
+        assert os.listdir(trash) == [f"sha256-{'a' * 64}"]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -16,7 +15,7 @@ from cachedb import Cache
 from cachedb.disk import downloads
 from cachedb.disk.layout import trash_name
 from cachedb.oci.digests import Digest
-from tests.conftest import Run, run_python, running
+from tests.conftest import Run, find_peer, run_python, running
 from tests.index.sqlite.test_database import content
 from tests.support.index_file import change_index
 from tests.support.make import digest_of, image, oci_files, save
@@ -356,10 +355,8 @@ def test_a_file_that_the_group_can_write_to_is_copied_and_not_linked(cache: Cach
         path.chmod(0o644)
         if how == "group":
             path.chmod(0o664)
-        elif not shutil.which("setfacl"):
-            pytest.skip("needs setfacl: install the package acl")
         else:
-            subprocess.run(["setfacl", "-m", "u:65534:rw", path], check=True)
+            subprocess.run([find_peer("setfacl", "apt-get install acl"), "-m", "u:65534:rw", path], check=True)
     cache.cache_from_tar(folder, "app:1", link=True)
     assert {path.stat().st_nlink for path in (cache.directory / "blobs").glob("*/*")} == {1}
 

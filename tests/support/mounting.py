@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_peer
 from tests.support import leftovers
 
 __all__ = ["fill_space", "image", "mounted"]
@@ -32,14 +33,13 @@ def mounted(path: Path, *arguments: object) -> Iterator[Path]:
 
 
 def image(path: Path, size: int, program: str, *arguments: str, install: str = "") -> Path:
-    """Make a file that holds a file system; skip the test if the program is not installed or fails."""
-    if not shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
-        pytest.skip(f"{program} is not installed: apt-get install {install}")
+    """Make a file that holds a file system; skip the test if the program fails, or as `find_peer` does."""
+    search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    found = shutil.which(program, path=search) or find_peer(program, f"apt-get install {install}")
     with path.open("wb") as file:
         file.truncate(size)
-    command = [program, *arguments, str(path)]
-    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    command = [found, *arguments, str(path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "PATH": search})
     if done.returncode:
         pytest.skip(f"{program} cannot make a file system: {done.stderr.strip()}")
     return path
