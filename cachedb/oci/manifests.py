@@ -69,6 +69,7 @@ ROLES: Final = ("manifest", "index", "config", "layer", "other")
 
 DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 """The largest accepted manifest, index or config in bytes; registries have the same limit."""
+_DEPTH_LIMIT = 256  # lists and objects in one another; a caller's stack must not decide whether a document is valid
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and sums of sizes stay within 64 bits
 _UNKNOWN_TYPE = "application/octet-stream"  # for content of an unknown type (RFC 2046, section 4.5.1)
 _MEDIA_TYPE = re.compile(
@@ -110,15 +111,30 @@ def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest)
         error: the class of the errors.
 
     Raises:
-        error: if the document is larger than 4 MiB, or is not valid JSON (RFC 8259).
+        error: if the document is larger than 4 MiB, is not valid JSON (RFC 8259), or is nested over 256 levels deep.
     """
     check_document_size(len(data), what, error)
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
         raise error(f"{what} is nested too deeply") from None
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
         raise error(f"{what} is not JSON: {shorten(str(problem))}") from problem
+    if data.count(b"[") + data.count(b"{") > _DEPTH_LIMIT and _is_too_deep(document):
+        raise error(f"{what} is nested too deeply")
+    return document
+
+
+def _is_too_deep(document: object) -> bool:
+    level = [document]
+    for _ in range(_DEPTH_LIMIT):
+        level = [
+            child
+            for value in level
+            if isinstance(value, (dict, list))
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    return any(isinstance(value, (dict, list)) for value in level)
 
 
 def check_document_size(size: int, what: str, error: type[CacheError] = InvalidManifest) -> None:

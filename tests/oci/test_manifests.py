@@ -185,6 +185,16 @@ def test_json_that_is_nested_too_deeply_is_refused(data: bytes) -> None:
         oci.load_json(data, "the manifest")
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_json_may_be_nested_256_deep_wherever_it_is_read(opening: str, closing: str) -> None:
+    """The recursion limit counts the caller's stack: what can be saved must be readable from a deeper one."""
+    deepest = f"[[[]], {opening * 254}[1]{closing * 254}, {{}}]".encode()
+    assert oci.load_json(deepest, "the manifest")
+    with pytest.raises(InvalidManifest, match="the manifest is nested too deeply"):
+        oci.load_json(b"[" + deepest + b"]", "the manifest")
+    assert oci.load_json(json.dumps(["[{" * 1000] * 300).encode(), "the manifest")
+
+
 def test_a_document_of_over_4_mib_is_refused() -> None:
     document = b'"' + b"x" * (oci.DOCUMENT_LIMIT - 2) + b'"'
     assert oci.load_json(document, "the manifest")

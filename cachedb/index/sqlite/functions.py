@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from functools import partial
+from itertools import takewhile
 from typing import Any, Final
 
 from cachedb.callbacks import Callbacks
@@ -29,20 +29,21 @@ ALLOWED: Final = frozenset(
     -> ->> abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling changes char coalesce concat concat_ws cos cosh
     count cume_dist current_date current_time current_timestamp date datetime degrees dense_rank exp first_value floor
     format glob group_concat hex if ifnull iif instr json json_array json_array_length json_error_position json_extract
-    json_group_array json_group_object json_insert json_object json_pretty json_quote json_remove json_replace json_set
-    json_type json_valid jsonb jsonb_array jsonb_extract jsonb_group_array jsonb_group_object jsonb_insert jsonb_object
-    jsonb_remove jsonb_replace jsonb_set julianday lag last_insert_rowid last_value lead length like likelihood likely
-    ln log log10 log2 lower ltrim max median min mod nth_value ntile nullif octet_length percent_rank percentile
-    percentile_cont percentile_disc pi pow power printf quote radians random randomblob rank replace round row_number
-    rtrim sign sin sinh soundex sqlite_compileoption_get sqlite_compileoption_used sqlite_source_id sqlite_version sqrt
-    strftime string_agg substr substring subtype sum tan tanh time timediff total total_changes trim trunc typeof
-    unhex unicode unistr unistr_quote unixepoch unlikely upper zeroblob
+    json_group_array json_group_object json_object json_quote json_remove json_replace json_type json_valid jsonb
+    jsonb_array jsonb_extract jsonb_group_array jsonb_group_object jsonb_object jsonb_remove jsonb_replace julianday
+    lag last_insert_rowid last_value lead length like likelihood likely ln log log10 log2 lower ltrim max min mod
+    nth_value ntile nullif octet_length percent_rank pi pow power printf quote radians random randomblob rank replace
+    round row_number rtrim sign sin sinh soundex sqlite_compileoption_get sqlite_compileoption_used sqlite_source_id
+    sqlite_version sqrt strftime string_agg substr substring subtype sum tan tanh time timediff total total_changes
+    trim trunc typeof unicode unistr unistr_quote unixepoch unlikely upper zeroblob
     ago human
     """.split()  # noqa: SIM905
 )
 """The functions that change nothing, access only the index, and take time proportional to their arguments.
 
-Later releases of SQLite may add unsafe functions, so the list names the allowed ones.
+Later releases of SQLite may add unsafe functions, so the list names the allowed ones. These are left out: median, the
+percentiles and unhex, which may take the square of that time; json_pretty, whose result may take gigabytes; json_insert
+and json_set, which overflow the stack of SQLite 3.40 if a path is long.
 """
 
 _SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
@@ -62,8 +63,8 @@ def create_functions(connection: sqlite3.Connection, query: str, callbacks: Call
     if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):
         connection.create_function("instr", 2, _instr, deterministic=True)
         connection.create_function("replace", 3, _replace, deterministic=True)
-        for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
-            connection.create_function(name, 2, partial(_trim, strip), deterministic=True)
+        for name, trim in (("trim", _trim), ("ltrim", _ltrim), ("rtrim", _rtrim)):
+            connection.create_function(name, 2, trim, deterministic=True)
     # SQLite's own function writes all characters of a large width or precision, even if the value is then too large.
     if _FORMAT_CALL.search(query):
         for name in ("printf", "format"):
@@ -89,11 +90,27 @@ def _replace(text: Any, old: Any, new: Any) -> Any:  # noqa: ANN401
     return where.replace(old, new)
 
 
-def _trim(strip: Callable[[str, str], str], text: Any, characters: Any) -> str | None:  # noqa: ANN401
+def _trim(text: Any, characters: Any) -> str | None:  # noqa: ANN401
+    return _ltrim(_rtrim(text, characters), characters)
+
+
+def _ltrim(text: Any, characters: Any) -> str | None:  # noqa: ANN401
     if text is None or characters is None:
         return None
-    # `str.strip` compares each character of the text with all of `characters`, so drop duplicates.
-    return strip(_as_text(text), "".join(set(_as_text(characters))))
+    whole = _as_text(text)
+    return whole[_count_first(whole, characters) :]
+
+
+def _rtrim(text: Any, characters: Any) -> str | None:  # noqa: ANN401
+    if text is None or characters is None:
+        return None
+    whole = _as_text(text)
+    return whole[: len(whole) - _count_first(reversed(whole), characters)]
+
+
+def _count_first(text: Iterable[str], characters: Any) -> int:  # noqa: ANN401
+    """Return how many of the first characters are among these; `str.strip` would search a long text for each."""
+    return sum(1 for _ in takewhile(set(_as_text(characters)).__contains__, text))
 
 
 class _Format:
