@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -236,6 +237,19 @@ def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache) -> None:
     cache.add_blob(b"data")
     Cache.open(cache.directory).close()
     assert len(traces(cache.directory)["ingest"]) == 1  # type: ignore[arg-type]
+
+
+def test_a_session_that_cannot_begin_leaves_no_file_behind(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cachedb.content.session.sync_folder", fail)
+        with pytest.raises(StorageError, match="cannot begin a session"):
+            cache.add_blob(b"data")
+    assert os.listdir(cache.directory / "ingest") == []
+    assert [name for name in os.listdir(cache.directory / "locks") if name.endswith(".session")] == []
+    cache.add_blob(b"data")
 
 
 def test_threads_of_one_cache_share_its_session(cache: Cache) -> None:

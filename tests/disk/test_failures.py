@@ -63,3 +63,15 @@ def test_a_failure_is_not_noted_without_a_folder(tmp_path: Path) -> None:
     failures.note_failure(tmp_path / "missing", "it")
     failures.forget_failure(tmp_path / "missing", "it")
     assert not failures.has_failed(tmp_path / "missing", "it")
+
+
+def test_a_failure_is_neither_noted_nor_forgotten_behind_a_link(cache: Cache, tmp_path: Path) -> None:
+    failures.note_failure(cache.directory, "it")
+    (cache.directory / "locks").rename(tmp_path / "locks")
+    (cache.directory / "locks").symlink_to(tmp_path / "locks")
+    failures.note_failure(cache.directory, "other")
+    failures.forget_failure(cache.directory, "it")
+    assert os.path.exists(tmp_path / "locks" / failures._file_name("it"))
+    assert not os.path.exists(tmp_path / "locks" / failures._file_name("other"))
+    (cache.directory / "locks").unlink()
+    (tmp_path / "locks").rename(cache.directory / "locks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import json
@@ -439,6 +440,22 @@ def test_a_file_of_a_layout_that_cannot_be_linked_is_copied(
         assert path.read_bytes() == data
 
 
+def test_a_file_that_changes_before_it_is_copied_instead_of_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make.image(1)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+
+    def change_and_refuse(source: str, target: Path, **options: Any) -> None:
+        Path(source).write_bytes(Path(source).read_bytes()[::-1])
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", change_and_refuse)
+    with pytest.raises(DigestMismatch):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
 @pytest.mark.parametrize("writer", ["another user", "everybody"])
 def test_a_file_that_other_users_can_write_to_is_copied(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
@@ -456,10 +473,19 @@ def test_a_file_that_other_users_can_write_to_is_copied(
     assert path.stat().st_mode & 0o777 == 0o444
 
 
-def test_a_damaged_file_of_a_layout_is_not_linked(cache: Cache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["linked", "others can write to it", "the cache is shared", "it is a link"])
+def test_a_damaged_file_of_a_layout_is_neither_linked_nor_copied(cache: Cache, tmp_path: Path, kind: str) -> None:
     made = make.image(1, 2)
     folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
-    layout_blob(folder, made.layers[1]).write_bytes(made.layers[1][:-1] + b"!")
+    damaged = layout_blob(folder, made.layers[1])
+    damaged.write_bytes(made.layers[1][:-1] + b"!")
+    if kind == "others can write to it":
+        damaged.chmod(0o666)
+    elif kind == "the cache is shared":
+        cache.share()
+    elif kind == "it is a link":
+        damaged.rename(tmp_path / "layer")
+        damaged.symlink_to(tmp_path / "layer")
     with pytest.raises(DigestMismatch):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
