@@ -362,6 +362,20 @@ def test_an_image_with_an_invalid_row_loses_at_most_its_name(made: Path, assignm
 
 
 @pytest.mark.slow
+def test_an_image_keeps_its_name_though_the_size_of_a_lost_layer_is_invalid(made: Path) -> None:
+    (made / "blobs" / digest_of(IMAGES[NAMES[0]].layers[0]).replace(":", "/")).unlink()
+    shell = sqlite3.connect(made / "index.db")
+    shell.execute("PRAGMA ignore_check_constraints = ON")
+    shell.execute("UPDATE blobs SET size = -1 WHERE id IN (SELECT blob_id FROM image_blobs WHERE role = 'layer')")
+    shell.execute("DELETE FROM alembic_version")
+    shell.commit()
+    shell.close()
+    repair_cache(made)
+    assert {*NAMES, "many:1"} <= set(read_names(made))
+    check(made)
+
+
+@pytest.mark.slow
 def test_an_sqlite_index_that_differs_from_its_table_is_repaired(made: Path) -> None:
     shell = sqlite3.connect(made / "index.db")
     shell.execute("PRAGMA writable_schema = ON")
