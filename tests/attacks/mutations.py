@@ -756,6 +756,7 @@ MUTATIONS = [
     Mutation("a manifest that can be saved can be read from a deeper stack", "cachedb/oci/manifests.py", " and _is_too_deep(document):", " and False:", "tests/oci/test_manifests.py -k nested_256"),
     Mutation("a manifest may be nested as deep as promised", "cachedb/oci/manifests.py", "_DEPTH_LIMIT = 256 ", "_DEPTH_LIMIT = 255 ", "tests/oci/test_manifests.py -k nested_256"),
     Mutation("a negative size in a damaged index costs no name", "cachedb/operations/rebuild.py", ' or blob["size"] < 0', "", "tests/operations/test_rebuild.py -k size_of_a_lost"),
+    Mutation("a thread does not wait for a claim that it has tried for", "cachedb/disk/single_flight.py", "        if lock is None:\n            own_paths.discard(path)\n", "        own_paths.discard(path)\n", "tests/disk/test_single_flight.py -k tried_for"),
     Mutation("a query calls no function that a long path crashes", "cachedb/index/sqlite/functions.py", "    ago human\n", "    ago human json_set\n", "tests/index/sqlite/test_query.py -k harmless"),
     Mutation("a row of a query has a limit of columns", "cachedb/index/sqlite/query.py", "    sqlite3.SQLITE_LIMIT_COLUMN: 100, ", "    sqlite3.SQLITE_LIMIT_COLUMN: 2000, ", "tests/index/sqlite/test_query.py -k limit_of_values"),
     Mutation("a function in a query has a limit of arguments", "cachedb/index/sqlite/query.py", "    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 32, ", "    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 100, ", "tests/index/sqlite/test_query.py -k limit_of_values"),

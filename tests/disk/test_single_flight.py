@@ -536,3 +536,17 @@ def test_noted_progress_changes_no_other_file(cache: Cache, tmp_path: Path, monk
     for file in opened:
         file.close()
     assert mine.stat().st_mtime == 0
+
+
+def test_a_thread_does_not_wait_for_a_claim_that_it_has_tried_for(cache: Cache) -> None:
+    with single_flight.try_claim(cache.directory, "key") as has_claim:
+        assert has_claim
+        with single_flight.try_claim(cache.directory, "key") as has_another:
+            assert not has_another
+        with (
+            pytest.raises(CacheError, match="this thread is already producing 'key'"),
+            single_flight.claim_or_find(cache.directory, "key", lambda: None, seconds=0),
+        ):
+            pass
+    with single_flight.claim_or_find(cache.directory, "key", lambda: None, seconds=0) as found:
+        assert found is None

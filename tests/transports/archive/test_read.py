@@ -1160,9 +1160,10 @@ def test_a_document_with_any_value_anywhere_is_read_or_refused(tmp_path: Path, n
     assert read
 
 
-def test_a_value_that_is_nested_too_deeply_to_be_quoted_is_refused(unchanged: Cache) -> None:
-    manifest = b'{"schemaVersion":2,"layers":[],"config":{"size":' + b"[" * 900 + b"]" * 900 + b"}}"
-    assert "the invalid size" in import_refused(unchanged, tar_file(oci_of(manifest)), InvalidManifest)
+def test_a_value_that_is_nested_deeply_is_refused_and_not_quoted(unchanged: Cache) -> None:
+    manifest = b'{"schemaVersion":2,"layers":[],"config":{"size":' + b"[" * 200 + b"]" * 200 + b"}}"
+    error = import_refused(unchanged, tar_file(oci_of(manifest)), InvalidManifest)
+    assert "the invalid size [...]" in error
 
 
 # Refused content
