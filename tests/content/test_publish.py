@@ -464,3 +464,13 @@ def test_the_names_of_received_files_cannot_be_guessed(session: Session) -> None
     numbers = [int(session.new_path().name) for _ in range(50)]
     assert len(set(numbers)) == 50
     assert max(numbers) > 2**32
+
+
+def test_content_that_differs_from_a_stored_blob_leaves_no_lease(cache: Cache) -> None:
+    cache.save_blob(digest_of(b"data"), b"data")
+    before = snapshot(cache.directory)["leases"]
+    with Cache.open(cache.directory) as other:
+        with pytest.raises(DigestMismatch):
+            other.save_blob(digest_of(b"data"), b"else")
+        assert snapshot(cache.directory)["leases"] == before
+    assert len(before) == 1  # type: ignore[arg-type]
