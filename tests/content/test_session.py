@@ -19,6 +19,7 @@ from sqlalchemy import select
 from cachedb import Cache, NotOurs, StorageError
 from cachedb.content import collect
 from cachedb.content.session import Session, lock_dead_sessions, lock_path
+from cachedb.disk.folders import Leftover
 from cachedb.disk.layout import received_digest
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import LEASES
@@ -186,6 +187,23 @@ def test_a_session_that_is_removed_while_it_begins_begins_again(
     assert not is_free(lock_path(index.directory, session.id))
     assert list(lock_dead_sessions(index.folders, [])) == []
     session.close()
+
+
+def test_a_lock_file_of_a_dead_session_that_cannot_be_removed_is_reported(
+    index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (index.directory / "ingest" / "2-0000000f01de").mkdir()
+
+    def refuse(name: str, *, dir_fd: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+
+    left: list[Leftover] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        assert list(lock_dead_sessions(index.folders, left)) == ["2-0000000f01de"]
+    assert [path for path, _ in left] == [lock_path(index.directory, "2-0000000f01de")]
+    assert list(lock_dead_sessions(index.folders, left)) == ["2-0000000f01de"]
+    assert len(left) == 1
 
 
 def test_a_session_is_locked_while_it_is_removed(index: Database) -> None:

@@ -389,6 +389,16 @@ def test_a_foreign_layer_is_verified(cache: Cache, remote: Registry) -> None:
     assert cache.list_manifests() == []
 
 
+def test_a_foreign_layer_that_no_url_has_is_an_error(cache: Cache, remote: Registry) -> None:
+    with Registry() as other:
+        name = add_without_first_layer(
+            remote, make_windows_image(f"{other.url}/nothing", f"{other.url}/neither"), index=False
+        )
+        with pytest.raises(RegistryError, match="none of its 2 URLs has it: pull without --foreign-layers"):
+            cache.pull(name, foreign_layers=True)
+    assert cache.list_manifests() == []
+
+
 def test_the_urls_of_a_layer_that_is_not_foreign_are_not_used(cache: Cache, remote: Registry) -> None:
     with Registry() as other:
         layer_type = json.loads(FIRST.manifest)["layers"][0]["mediaType"]
