@@ -21,7 +21,6 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb.disk import forks, lock_holders, locks
-from cachedb.disk.durable import sync_folder
 from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder, is_shared
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
 from cachedb.disk.reserve import find_quota_user, is_full
@@ -134,11 +133,7 @@ class Session:
         assert lock is not None
         try:
             lock_holders.write_record(lock.fileno())
-            with os_errors("begin a session in the cache"):
-                self._database.folders.make(f"ingest/{name}")
-                with self._database.folders.open(f"ingest/{name}") as folder:
-                    opened = OpenFolder(folder)
-                sync_folder(self._database.directory / "ingest")
+            opened = self._make_folder(name)
         except BaseException:
             with suppress(OSError, CacheError), self._database.folders.open("ingest") as ingest:
                 os.rmdir(name, dir_fd=ingest)
@@ -148,6 +143,14 @@ class Session:
             raise
         return lock, opened
 
+    def _make_folder(self, name: str) -> OpenFolder:
+        with os_errors("begin a session in the cache"), self._database.folders.open("ingest") as ingest:
+            self._database.folders.make(f"ingest/{name}")
+            with self._database.folders.open(f"ingest/{name}") as folder:
+                opened = OpenFolder(folder)
+            os.fsync(ingest)
+        return opened
+
     @property
     def folder(self) -> Path:
         """The folder for the files that this session receives."""
@@ -155,10 +158,17 @@ class Session:
 
     @property
     def opened(self) -> OpenFolder:
-        """The same folder, open: file names are relative to it, so that no link leads elsewhere."""
+        """The same folder, open: file names are relative to it, so that no link leads elsewhere.
+
+        Raises:
+            CacheReplaced: if the folder and the session's lock file were removed.
+        """
         with self._guard:
-            _ = self.id
+            name = self.id
             assert self._opened is not None
+            if self._opened.is_removed:  # by a cleaner of empty folders
+                self._check_lock()
+                self._opened = self._make_folder(name)
             return self._opened
 
     @property
@@ -382,7 +392,8 @@ def lock_dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
         left: gets the sessions that cannot be examined, such as another user's.
     """
     directory = folders.directory
-    names = list_sessions_with_locks(directory) | set(filter(is_session, os.listdir(directory / "ingest")))
+    with folders.open("ingest") as ingest:
+        names = list_sessions_with_locks(directory) | set(filter(is_session, os.listdir(ingest)))
     for session in sorted(names):
         path = lock_path(directory, session)
         try:

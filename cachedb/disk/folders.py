@@ -40,6 +40,9 @@ BLOB_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")
 FOLDERS = (*BLOB_FOLDERS, "ingest", "trash", "locks", "backups")
 """The folders of every cache, in the order they are made."""
 
+_OFTEN_EMPTY = ("blobs/sha512", "ingest", "trash", "backups")
+"""The folders that a cleaner of empty folders may remove while a process has the cache open."""
+
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -62,6 +65,12 @@ class OpenFolder:
         self.descriptor = os.dup(folder)
         status = os.fstat(folder)
         _close_after(self, self.descriptor, status)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the folder was removed; its descriptor is still open then."""
+        with os_errors("use the cache directory"):  # a program may have closed our descriptor
+            return os.fstat(self.descriptor).st_nlink == 0
 
 
 class Folders:
@@ -236,7 +245,7 @@ class Folders:
 
     @contextmanager
     def open(self, name: str) -> Iterator[int]:
-        """Yield a descriptor of a folder of the cache.
+        """Yield a descriptor of a folder of the cache; make it again if a cleaner of empty folders has removed it.
 
         Args:
             name: relative to the cache directory.
@@ -245,6 +254,20 @@ class Folders:
             FileNotFoundError: if the folder does not exist.
             NotOurs: if it is a symbolic link, not a folder, another user's, or on another file system.
         """
+        try:
+            folder = self._open(name)
+        except FileNotFoundError:
+            if not self.is_marked or name not in _OFTEN_EMPTY:
+                raise
+            self.make(name)
+            folder = self._open(name)
+        try:
+            self._check_folder(name, os.fstat(folder))
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _open(self, name: str) -> int:
         folder = self.root
         for part in name.split("/"):
             try:
@@ -261,11 +284,7 @@ class Folders:
                 if folder != self.root:
                     os.close(folder)
             folder = inner
-        try:
-            self._check_folder(name, os.fstat(folder))
-            yield folder
-        finally:
-            os.close(folder)
+        return folder
 
     def _check_folder(self, name: str, found: os.stat_result) -> None:
         if found.st_dev != self._identity[0]:

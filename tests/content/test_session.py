@@ -19,7 +19,7 @@ from sqlalchemy import select
 from cachedb import Cache, NotOurs, StorageError
 from cachedb.content import collect
 from cachedb.content.session import Session, lock_dead_sessions, lock_path
-from cachedb.disk.folders import Leftover
+from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import received_digest
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import LEASES
@@ -242,16 +242,18 @@ def test_sessions_begin_and_end_while_others_collect(directory: Path) -> None:
     assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
 
-def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache) -> None:
-    ingest = cache.directory / "ingest"
-    ingest.rmdir()
+def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     before = None
-    for _ in range(3):
-        with pytest.raises(StorageError, match="cannot begin a session"):
-            cache.add_blob(b"data")
-        assert before in (None, count_open_files())
-        before = count_open_files()
-    ingest.mkdir()
+    with monkeypatch.context() as broken:
+        broken.setattr(Folders, "make", fail)
+        for _ in range(3):
+            with pytest.raises(StorageError, match="cannot begin a session"):
+                cache.add_blob(b"data")
+            assert before in (None, count_open_files())
+            before = count_open_files()
     cache.add_blob(b"data")
     Cache.open(cache.directory).close()
     assert len(traces(cache.directory)["ingest"]) == 1  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -49,6 +50,45 @@ Loss = Callable[[Path], None]
 
 def list_names(cache: Cache) -> list[str]:
     return sorted(str(found.name) for found in cache.list_manifests())
+
+
+# Folders
+
+
+def remove_empty_folders(directory: Path) -> None:
+    """Do what `find DIRECTORY -mindepth 1 -type d -empty -delete` does."""
+    for folder, _, _ in os.walk(directory, topdown=False):
+        if folder != str(directory) and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+def test_an_open_cache_works_after_a_cleaner_has_removed_its_empty_folders(cache: Cache) -> None:
+    save(cache, "app:1", APP)
+    sha512 = f"sha512:{hashlib.sha512(b'new').hexdigest()}"
+    with cache.hold("app:1"):
+        session = cache._session.folder
+        remove_empty_folders(cache.directory)
+        assert not session.exists()
+        save(cache, "app:2", image(2))
+        assert session.exists()
+        cache.save_blob(sha512, b"new")
+        remove_empty_folders(cache.directory)
+        schema.back_up(cache.directory)
+    remove_empty_folders(cache.directory)
+    assert cache.collect_garbage().blobs == 0
+    cache.remove_manifest("app:2")
+    assert list_names(cache) == ["app:1"]
+    assert cache.verify().problems == []
+
+
+def test_a_folder_of_a_session_without_its_lock_is_not_made_again(cache: Cache) -> None:
+    save(cache, "app:1", APP)
+    (path,) = (cache.directory / "locks").glob("*.session")
+    path.unlink()
+    os.rmdir(cache._session.folder)
+    with pytest.raises(CacheReplaced, match="its lock file was removed or renamed"):
+        cache.add_blob(b"more")
+    assert not cache._session.folder.exists()
 
 
 # Lock files
