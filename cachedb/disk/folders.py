@@ -69,7 +69,7 @@ class OpenFolder:
     @property
     def is_removed(self) -> bool:
         """Whether the folder was removed; its descriptor is still open then."""
-        with os_errors("use the cache directory"):  # a program may have closed our descriptor
+        with os_errors("use a folder of the cache"):  # whose descriptor a program may have closed
             return os.fstat(self.descriptor).st_nlink == 0
 
 
@@ -90,6 +90,8 @@ class Folders:
         self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
         """Whether the cache may be a copy that was made file by file, and not checked yet."""
+        self.is_overwritten = False
+        """Whether another program has changed the marker, and may have copied a backup over this cache."""
         self.is_outdated = False
         """Whether the marker names an earlier place of the cache: see `refresh_marker`."""
         self.had_marker = False
@@ -136,11 +138,16 @@ class Folders:
             self._marker = (status, found.id)
         self.had_marker = found is not None and found.inode is not None
         self.is_copy = found is None or status is None or found.is_of(self.root) is False
+        self.is_overwritten = found is not None and not self.is_copy and found.is_overwritten(self.root)
         self.is_outdated = found is not None and not self.is_copy and found.is_outdated(self.root)
 
     def accept_copy(self) -> None:
-        """Give a checked copy its own id; the caller must hold the write lock."""
-        marker.renew(self.root, lambda file: apply_folder_mode(file, self.status))
+        """Give a checked copy its own id, or a checked cache a new marker; the caller must hold the write lock."""
+        found = marker.read(self.root)
+        if found is None or self.is_copy:
+            marker.renew(self.root, lambda file: apply_folder_mode(file, self.status))
+        else:
+            marker.refresh(self.root, lambda file: apply_folder_mode(file, self.status), found)
         self.mark(new=False)
 
     def refresh_marker(self) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,6 +47,7 @@ _REASONS = {
     errno.ELOOP: "it is a symbolic link: put the file that it leads to in its place",
 }
 _FORMAT = 1  # of the directory: which file is where; the schema of the index has its own number
+_WRITING_SECONDS = 10  # the longest time to write and sync a marker
 _MAX_BYTES = 4096  # a longer marker is invalid
 _ID = re.compile(r"[0-9a-f]{32}")
 _BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
@@ -62,6 +64,7 @@ class Marker(NamedTuple):
     file_system: str | None = None  # of the directory, from `_file_system_id`
     boot: str | None = None  # the host's boot id when the marker was written
     generation: int | None = None  # of the inode, whose number another file may get; None if it is unknown
+    written: int | None = None  # when, in nanoseconds since 1970; None in a marker of an older release
 
     def is_of(self, folder: int) -> bool | None:
         """Return whether the marker was written in this directory; None if an old marker cannot tell."""
@@ -78,6 +81,11 @@ class Marker(NamedTuple):
         # The id of a file system may change when the host restarts, so it only counts within one boot.
         same_boot = self.boot is not None and self.boot == found["boot"]
         return self.directory == found["directory"] and not (same_boot and self.file_system != found["file_system"])
+
+    def is_overwritten(self, folder: int) -> bool:
+        """Return whether the file was changed after it was written, as by `cp -a BACKUP/. CACHE` or by `chown -R`."""
+        changed = os.stat(MARKER, dir_fd=folder, follow_symlinks=False).st_ctime_ns
+        return self.written is not None and changed - self.written > _WRITING_SECONDS * 1_000_000_000
 
     def is_outdated(self, folder: int) -> bool:
         """Return whether `refresh` would change the marker, because the host has restarted."""
@@ -123,9 +131,10 @@ def _parse(data: bytes) -> Marker:
             found.get("file_system"),
             found.get("boot"),
             found.get("generation"),
+            found.get("written"),
         )
         is_valid = type(marker.format) is int and marker.format > 0 and bool(_ID.fullmatch(marker.id))
-        numbers = (marker.inode, marker.directory, marker.generation)
+        numbers = (marker.inode, marker.directory, marker.generation, marker.written)
         is_valid = is_valid and all(number is None or type(number) is int for number in numbers)
         is_valid = is_valid and all(s is None or type(s) is str for s in (marker.file_system, marker.boot))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -211,6 +220,7 @@ def _new_marker(
                 "id": cache_id or secrets.token_hex(16),
                 "inode": os.fstat(file).st_ino if is_sound else None,
                 "generation": _read_generation(file),
+                "written": time.time_ns(),
                 **_describe_place(folder),
             }
             os.write(file, f"{json.dumps(content)}\n".encode())

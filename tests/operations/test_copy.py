@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -628,6 +629,52 @@ def test_a_torn_copy_is_refused_until_it_is_repaired(
     assert cachedb("--dir", target, "ls").returncode == 0
     check(target)
     check(directory)
+
+
+def make_cache_long_ago(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(time, "time_ns", lambda: 0)
+        with Cache.open(directory) as cache:
+            save(cache, "app:1", image(1, 2))
+
+
+def test_a_damaged_backup_that_is_copied_over_its_cache_is_refused_until_it_is_repaired(
+    cachedb: Run, directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cache_long_ago(directory, monkeypatch)
+    before = (read_marker(directory), (directory / "cachedb.json").stat().st_ino)
+    copy_files(directory, target)
+    change_index(target, "DELETE FROM blobs WHERE id = 1")
+    shutil.copytree(target, directory, dirs_exist_ok=True)
+    assert (read_marker(directory), (directory / "cachedb.json").stat().st_ino) == before
+    for _ in range(2):
+        with pytest.raises(DamagedIndex, match="is a damaged copy of a cache"):
+            Cache.open(directory)
+    assert cachedb("verify", "--repair").returncode == 1
+    with Cache.open(directory) as cache:
+        assert cache.verify().problems == []
+
+
+def test_a_cache_whose_owner_was_changed_is_checked_once_and_keeps_its_id(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cache_long_ago(directory, monkeypatch)
+    before = read_marker(directory)
+    blob_path(directory, image(1, 2).config).unlink()  # a cache is opened even if it lacks a blob
+    checks = []
+    check_copy = prepare._check_copy
+
+    def count_and_check(database: Database, folders: Folders) -> None:
+        checks.append(database.directory)
+        check_copy(database, folders)
+
+    monkeypatch.setattr(prepare, "_check_copy", count_and_check)
+    os.chmod(directory / "cachedb.json", 0o600)
+    with Cache.open(directory) as cache:
+        Cache.open(directory).close()
+        cache.tag("app:1", "app:2")
+    assert checks == [directory]
+    assert read_marker(directory)["id"] == before["id"]
 
 
 def test_a_copy_that_lacks_a_blob_is_refused_until_it_is_repaired(cachedb: Run, directory: Path, target: Path) -> None:

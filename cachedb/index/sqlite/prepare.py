@@ -73,7 +73,7 @@ def prepare(database: Database, *, create: bool = True) -> str | None:
         if revision is None:
             sync_folder(database.directory / "blobs")
             sync_folder(database.directory)
-        elif database.folders.is_copy:
+        elif database.folders.is_copy or database.folders.is_overwritten:
             accept_copy(database, check=True)
         elif database.folders.is_outdated:
             _refresh_marker(database)
@@ -81,7 +81,7 @@ def prepare(database: Database, *, create: bool = True) -> str | None:
 
 
 def accept_copy(database: Database, *, check: bool) -> None:
-    """Turn a copy that was made file by file into a cache of its own, unless it is one already.
+    """Turn a copy that was made file by file, perhaps over a cache, into a cache of its own, unless it is one already.
 
     Args:
         database: the index of the copy.
@@ -96,7 +96,7 @@ def accept_copy(database: Database, *, check: bool) -> None:
         turns.hold_in_turn(database.write_lock, wait=wait) as turn,
     ):
         database.folders.mark(new=False)  # another process may have done so meanwhile
-        if database.folders.is_copy:
+        if database.folders.is_copy or database.folders.is_overwritten:
             if check:
                 _check_copy(database, database.folders)
             turn.check("the copy was not accepted: try again")
@@ -142,13 +142,14 @@ def _check_copy(database: Database, folders: Folders) -> None:
     The copy may have any schema, because it is not upgraded yet.
 
     SQLite applies a WAL to any index beside it, even to one copied before a checkpoint. A directory without a marker
-    may be a cache of an older release, which is useful even if a blob is missing; so its blobs are not checked.
+    may be a cache of an older release, which is useful even if a blob is missing; so its blobs are not checked. Nor are
+    those of a cache whose marker was changed in its place, because `chown -R` changes it too.
     """
     with database.look() as connection:
         found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
         faults = [] if found == "ok" else [str(found)]
         faults.extend(islice(find_broken_keys(connection), 1))
-        if not faults and folders.had_marker:
+        if not faults and folders.had_marker and folders.is_copy:
             query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
             for digest, size in connection.exec_driver_sql(query):
                 try:
