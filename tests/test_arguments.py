@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,90 @@ def test_a_file_in_text_mode_is_refused(cache: Cache, tmp_path: Path) -> None:
         for work in (cache.add_blob, cache.cache_from_tar, lambda data: cache.export("app:1", data)):
             with pytest.raises(TypeError, match="a file open in binary mode"):
                 work(file)  # type: ignore[arg-type]
+
+
+class Part:
+    """A file of a caller whose `read` returns one value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self, _size: int = -1) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("text", TypeError, r"the file's read\(\) returned a value of type 'str': open it in binary mode"),
+        (None, StorageError, "a non-blocking file has no data yet"),
+    ],
+)
+def test_a_file_that_returns_no_bytes_is_refused(
+    cache: Cache, value: Any, error: type[Exception], message: str
+) -> None:
+    for work in (cache.add_blob, cache.cache_from_tar):
+        with pytest.raises(error, match=message):
+            work(Part(value))  # type: ignore[arg-type]
+
+
+def test_a_file_that_returns_more_than_requested_is_refused(cache: Cache) -> None:
+    with pytest.raises(CacheError, match=r"^the file's read\(\d+\) returned 9000000 bytes: give a file that "):
+        cache.add_blob(Part(bytes(9_000_000)))  # type: ignore[arg-type]
+
+
+def test_an_archive_that_has_no_data_yet_is_not_taken_as_cut_short(cache: Cache, tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    with open(ours, "rb") as source, open(theirs, "wb") as target:
+        target.write(make.write(tmp_path / "a.tar", make.oci_files({"app:1": make.image(1)})).read_bytes()[:10_000])
+        target.flush()
+        with pytest.raises(StorageError, match="cannot read the archive: a non-blocking file has no data yet"):
+            cache.cache_from_tar(source)
+
+
+def test_an_export_accepts_a_file_whose_write_returns_none(cache: Cache, tmp_path: Path) -> None:
+    class File:
+        def __init__(self) -> None:
+            self.content = b""
+
+        def write(self, data: memoryview) -> None:
+            self.content += data
+
+        def flush(self) -> None:
+            pass
+
+    make.save(cache, "app:1", make.image(1))
+    cache.export("app:1", tmp_path / "app.tar")
+    cache.export("app:1", file := File())  # type: ignore[arg-type]
+    assert file.content == (tmp_path / "app.tar").read_bytes()
+
+
+def test_an_export_waits_for_a_pipe_that_does_not_block(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", make.image(1, size=300_000))
+    cache.export("app:1", tmp_path / "app.tar")
+    full, received = threading.Event(), list[bytes]()
+
+    class Pipe(io.FileIO):
+        def write(self, data: Any) -> Any:
+            count: int | None = super().write(data)
+            if count is None:
+                full.set()
+            return count
+
+    def receive() -> None:
+        full.wait(60)
+        received.append(source.read())
+
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    with open(ours, "rb") as source:
+        thread = threading.Thread(target=receive)
+        with Pipe(theirs, "wb") as target:
+            thread.start()
+            cache.export("app:1", target)
+        thread.join(60)
+    assert received == [(tmp_path / "app.tar").read_bytes()]
 
 
 def test_a_manifest_as_text_is_refused(cache: Cache) -> None:

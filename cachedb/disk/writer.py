@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO, RawIOBase
@@ -23,7 +24,7 @@ from cachedb.arguments import (
     check_readable,
 )
 from cachedb.disk.folders import give_to_folder_owner
-from cachedb.errors import DigestMismatch, StorageError, ignore_os_errors, os_errors
+from cachedb.errors import CacheError, DigestMismatch, StorageError, ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest, parse_digest, split_digest
 from cachedb.progress import Advance
 from cachedb.threads import start
@@ -36,6 +37,7 @@ __all__ = [
     "Hasher",
     "Readable",
     "Received",
+    "check_part",
     "discard",
     "file_identity",
     "hash_chunks",
@@ -48,6 +50,7 @@ __all__ = [
 
 CHUNK_BYTES = 1024 * 1024  # bytes read, hashed and written at a time
 WRITE_BACK_BYTES = 8 * CHUNK_BYTES  # bytes written back to the disk at a time
+_FULL_PIPE_POLL_SECONDS = 0.01
 _BUFFER_COUNT = 4  # chunks of one blob in memory: one is read or written while others are hashed
 
 
@@ -287,11 +290,16 @@ def _write_chunk(target: int, chunk: memoryview) -> None:
             chunk = chunk[os.write(target, chunk) :]
 
 
-def write_all(stream: BinaryIO | RawIOBase, data: bytes | memoryview) -> None:
+def write_all(stream: BinaryIO | RawIOBase, data: bytes | bytearray | memoryview) -> None:
     """Write all bytes to a stream, which may take only a part of them at a time."""
     view = memoryview(data)
     while view:
-        view = view[stream.write(view) or 0 :]  # a full pipe that does not block returns None
+        count = stream.write(view)
+        if count is None and isinstance(stream, io.RawIOBase):
+            time.sleep(_FULL_PIPE_POLL_SECONDS)  # a full pipe that does not block has taken nothing
+            continue
+        # A caller's class often returns None, as paramiko's files do: it has taken everything.
+        view = view[len(view) if count is None else count :]
 
 
 def write_back(file: int, count: int, end: int | None = None) -> None:
@@ -358,5 +366,26 @@ class _Reader:
                     raise BlockingIOError(errno.EAGAIN, "a non-blocking file has no data yet")
                 return int(count)
             data = self._file.read(len(buffer))
+            check_part(data, len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+def check_part(data: object, most: int | None = None) -> None:
+    """Check what a caller's file has returned from `read`.
+
+    Args:
+        data: what it has returned.
+        most: the requested number of bytes; None to allow more.
+
+    Raises:
+        BlockingIOError: if the file has no data yet.
+        TypeError: if it is not bytes.
+        CacheError: if there are too many bytes.
+    """
+    if data is None:
+        raise BlockingIOError(errno.EAGAIN, "a non-blocking file has no data yet")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"the file's read() returned a value of type {type(data).__name__!r}: open it in binary mode")
+    if most is not None and len(data) > most:
+        raise CacheError(f"the file's read({most}) returned {len(data)} bytes: give a file that returns no more")

@@ -318,6 +318,43 @@ def test_a_large_answer_is_not_kept_in_memory(directory: Path) -> None:
     assert large_peak - small_peak < 60 * 1024, "KiB; the rows are 100 MB"
 
 
+@pytest.mark.parametrize("child", ["leaves the block", "reads all rows"])
+def test_a_child_does_not_move_the_position_of_a_large_answer(directory: Path, child: str) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+        query = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 20000) SELECT x, "
+        with Cache.open(sys.argv[1]) as cache:
+            try:
+                with cache.sql(query + "hex(zeroblob(200)) FROM c") as answer:
+                    first, pid, rest = next(answer.rows), os.fork(), []
+                    if pid:
+                        os.waitpid(pid, 0)
+                    elif sys.argv[2] == "leaves the block":
+                        sys.exit()
+                    print([first[0], *(x for x, _ in answer.rows)] == list(range(1, 20_001)), flush=True)
+            finally:
+                if not pid:
+                    os._exit(0)
+        """,
+        directory,
+        child,
+    )
+    assert output.splitlines() == ["True"] * (1 if child == "leaves the block" else 2)
+
+
+@pytest.mark.parametrize("count", [1, 100_000], ids=["in memory", "in a file"])
+def test_rows_cannot_be_read_after_their_block(cache: Cache, count: int) -> None:
+    query = (
+        f"WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT {count}) SELECT hex(zeroblob(50)) FROM c"
+    )
+    with cache.sql(query) as answer:
+        pass
+    with pytest.raises(CacheError, match=r"^the block of the query has ended: read its rows inside the block$"):
+        next(answer.rows)
+
+
 def test_rows_of_any_size_are_returned_as_added(tmp_path: Path) -> None:
     added = [(number, None, 1.5, "\udcff\0é" * (number % 50), bytes(number * 30)) for number in range(1000)]
     rows = _Rows()

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from tempfile import SpooledTemporaryFile
+from io import FileIO
+from tempfile import TemporaryFile
 from typing import Any, Final, NamedTuple
 
 from cachedb.callbacks import Callbacks
 from cachedb.disk import forks
+from cachedb.disk.writer import write_all
 from cachedb.errors import CacheError, InvalidQuery, os_errors, query_timeout_error
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.functions import ALLOWED, MAX_VALUE_BYTES, Value, create_functions
@@ -27,6 +29,7 @@ __all__ = ["Answer", "is_complete", "run_query"]
 _CHECK_OPCODES = 2_000  # opcodes of SQLite's virtual machine between two checks of the time and of signals
 _FORK_WAIT_SECONDS = 0.1  # a fork waits this long for a query; then the query stops, and starts again after the fork
 _IN_MEMORY_BYTES = 4 * 1024 * 1024  # a larger result goes to a temporary file
+_SIZE_BYTES = 8  # the size of a batch, in front of it
 _BATCH_BYTES = 64 * 1024  # rows are written to that file in batches of about this size
 _TEMPORARY_BYTES = 1024**3  # a query may write so much to that file, and SQLite so much to files of its own
 _MEASURE_SECONDS = 0.1  # between two looks at SQLite's files
@@ -210,10 +213,16 @@ class _TemporaryFiles:
 
 
 class _Rows:
-    """The rows of a query: a few in memory, many in a temporary file."""
+    """The rows of a query: a few in memory, many in a temporary file.
+
+    A forked child shares the position of an inherited file. So the rows are read at offsets, without a position.
+    """
 
     def __init__(self) -> None:
-        self._file = SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115 - `close` closes it
+        self._memory = bytearray()  # batches, each after its size; empty if there is a file
+        self._file: FileIO | None = None
+        self._size = 0  # bytes in memory or in the file
+        self._closed = False
         self._batch: list[tuple[Any, ...]] = []
         self._batch_rows = 1  # adapted, so that a batch takes about `_BATCH_BYTES`
 
@@ -225,17 +234,20 @@ class _Rows:
 
     def _write(self) -> None:
         data = marshal.dumps(self._batch)
-        try:
-            self._file.write(len(data).to_bytes(8, "little"))
-            self._file.write(data)
-            size = self._file.tell()
-        except OSError as error:
-            # Without an errno: a full folder of temporary files must not cost the cache its reserve.
-            raise CacheError(
-                f"cannot write the rows of the query to a temporary file: {error.strerror or error}: "
-                "name a folder with enough space in TMPDIR"
-            ) from error
-        if size > _TEMPORARY_BYTES:
+        self._memory += len(data).to_bytes(_SIZE_BYTES, "little") + data
+        self._size += _SIZE_BYTES + len(data)
+        if self._file or len(self._memory) > _IN_MEMORY_BYTES:
+            try:
+                self._file = self._file or TemporaryFile(buffering=0)  # noqa: SIM115 - `close` closes it
+                write_all(self._file, self._memory)
+            except OSError as error:
+                # Without an errno: a full folder of temporary files must not cost the cache its reserve.
+                raise CacheError(
+                    f"cannot write the rows of the query to a temporary file: {error.strerror or error}: "
+                    "name a folder with enough space in TMPDIR"
+                ) from error
+            self._memory = bytearray()
+        if self._size > _TEMPORARY_BYTES:
             raise CacheError(
                 f"the rows of the query take over {format_size(_TEMPORARY_BYTES)}: select fewer, or use stream=True"
             )
@@ -243,15 +255,30 @@ class _Rows:
         self._batch = []
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        with os_errors("read the rows of the query from a temporary file"):
-            self._file.seek(0)
-            while size := self._file.read(8):
-                yield from marshal.loads(self._file.read(int.from_bytes(size, "little")))  # noqa: S302 - our own data
+        offset = 0
+        while offset < self._size:
+            size = int.from_bytes(self._read(offset, _SIZE_BYTES), "little")
+            yield from marshal.loads(self._read(offset + _SIZE_BYTES, size))  # noqa: S302 - our own data
+            offset += _SIZE_BYTES + size
+        self._check_open()
         yield from self._batch
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._check_open()
+        if self._file is None:
+            return bytes(self._memory[offset : offset + size])
+        with os_errors("read the rows of the query from a temporary file"):
+            return os.pread(self._file.fileno(), size, offset)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheError("the block of the query has ended: read its rows inside the block")
 
     def close(self) -> None:
         """Delete the temporary file; the rows can no longer be read."""
-        self._file.close()
+        self._closed = True
+        if self._file:
+            self._file.close()
 
 
 class _Stream:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from cachedb.disk.waiting import LOG
-from cachedb.disk.writer import CHUNK_BYTES, write_all
+from cachedb.disk.writer import CHUNK_BYTES, check_part, write_all
 from cachedb.errors import InvalidArchive, StorageError, os_errors
 from cachedb.text import format_size, shorten
 from cachedb.transports.archive import tar
@@ -306,10 +306,16 @@ def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
         return False
 
 
+def _read_part(source: BinaryIO) -> bytes:
+    part = source.read(CHUNK_BYTES)
+    check_part(part)  # None is not the end
+    return part
+
+
 def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> bool:
     """Copy a stream to a file, decompressed; return whether it has garbage at its end."""
     chunk = b""
-    while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK_BYTES)):
+    while len(chunk) < MAGIC_LENGTH and (more := _read_part(source)):
         chunk += more  # a pipe may return fewer bytes than requested
     compression = detect_compression(chunk)
     unpack = Decompressor(compression, may_have_garbage=compression == "gzip") if compression else None
@@ -329,7 +335,7 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) ->
                     _check_space(target.fileno(), written)
                     checked = written
             write_all(target, part)
-        chunk = source.read(CHUNK_BYTES)
+        chunk = _read_part(source)
     if unpack and not unpack.ended:
         raise InvalidArchive(f"the {compression} compressed archive is cut short: {tar.SAVE_AGAIN}")
     if unpack and unpack.has_garbage:
