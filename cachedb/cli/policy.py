@@ -12,6 +12,7 @@ import click
 from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import format_examples
 from cachedb.cli.output import print_json
+from cachedb.cli.spelling import SpellingGroup
 from cachedb.cli.streams import read_text
 from cachedb.disk.existence import exists
 from cachedb.disk.layout import POLICY_FILE
@@ -41,7 +42,7 @@ _TEMPLATE = """\
 """
 
 
-@click.group(epilog=format_examples("cachedb policy edit", "cachedb policy show"))
+@click.group(cls=SpellingGroup, epilog=format_examples("cachedb policy edit", "cachedb policy show"))
 def policy() -> None:
     """Show, check and edit the policy of the cache: what to keep, what to remove, and the limits.
 

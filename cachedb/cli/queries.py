@@ -313,6 +313,8 @@ def report(
     """
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("expected exactly one of NAME, --list and --html: NAME is a report that --list prints")
+    if not file:
+        get_stdout()  # fail before the work if stdout is closed
     if not name and (parameters or seconds is not None):
         raise click.UsageError("-p and --timeout work only with a report's name")
     if file:
