@@ -69,6 +69,8 @@ def check_numbers(**values: object) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise _type_error(name, value, "a number, or None")
+        if isinstance(value, int) and abs(value) >= 2**1000:  # no float is that large
+            raise CacheError(f"{name} has over 300 digits: give a smaller number")
 
 
 def check_positive(**values: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, Name, StorageError
+from cachedb import Cache, CacheError, Name, NotInCache, StorageError
 from cachedb.index import drift, schema
 from cachedb.operations import upgrade
 from tests.conftest import snapshot
@@ -213,6 +213,27 @@ def test_an_export_waits_for_a_pipe_that_does_not_block(cache: Cache, tmp_path: 
             cache.export("app:1", target)
         thread.join(60)
     assert received == [(tmp_path / "app.tar").read_bytes()]
+
+
+def test_a_number_that_is_no_float_is_refused(cache: Cache) -> None:
+    for work in (
+        lambda: cache.add_hold(seconds=10**400),
+        lambda: cache.sql("SELECT 1", timeout=10**400).__enter__(),
+        lambda: cache.run_report("garbage", timeout=-(10**400)).__enter__(),
+    ):
+        with pytest.raises(CacheError, match=r"^(seconds|timeout) has over 300 digits: give a smaller number$"):
+            work()
+
+
+@pytest.mark.parametrize("group", ["9" * 5000, str(2**32 - 1), "x" * 1000])
+def test_a_group_that_cannot_exist_is_refused(cache: Cache, group: str) -> None:
+    with pytest.raises(CacheError, match=r"^there is no group '"):
+        cache.share(group)
+
+
+def test_a_report_whose_name_is_too_long_is_not_found(cache: Cache) -> None:
+    with pytest.raises(NotInCache, match=r"^there is no report 'a+.+: `cachedb report --list`"):
+        cache.run_report("a" * 300).__enter__()
 
 
 def test_a_manifest_as_text_is_refused(cache: Cache) -> None:

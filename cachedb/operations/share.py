@@ -10,12 +10,14 @@ from collections.abc import Callable
 from cachedb.disk.folders import FOLDERS, Folders, is_shared
 from cachedb.disk.listing import list_names
 from cachedb.errors import CacheError, StorageError, os_errors
+from cachedb.text import shorten
 
 __all__ = ["share"]
 
 
 _FOLDER_MODE = 0o2770  # setgid: new files and folders get the folder's group
 _FILE_MODE = 0o660
+_GROUP_DIGITS = 10  # of the largest number of a group; Python refuses to parse very long numbers
 
 
 def share(folders: Folders, group: str | None = None) -> str:
@@ -89,9 +91,13 @@ def _find_group_id(folders: Folders, group: str | None) -> int:
     if group is None:
         return folders.status.st_gid if is_shared(folders.status) else os.getegid()
     try:
-        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        if not group.isdecimal():
+            return grp.getgrnam(group).gr_gid
+        if len(group) <= _GROUP_DIGITS and (number := int(group)) < 2**32 - 1:
+            return number
+        raise KeyError(group)
     except KeyError:
-        raise CacheError(f"there is no group {group!r}: name one that `getent group` lists") from None
+        raise CacheError(f"there is no group {shorten(group)}: name one that `getent group` lists") from None
 
 
 def _find_group_name(gid: int) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cachedb.errors import InvalidQuery, NotInCache, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.reports.parameters import Parameter, convert_value, parse_declaration
+from cachedb.text import shorten
 
 __all__ = ["Report", "find_report_folder", "list_reports", "load_built_in", "load_report"]
 
@@ -116,9 +117,9 @@ def load_report(name: str) -> Report:
     """
     for directory in (find_report_folder(), _BUILT_IN_FOLDER):
         path = directory / f"{name}.sql"
-        if name and os.sep not in name and path.is_file():
+        if name and os.sep not in name and os.path.isfile(path):  # False also for a name that is too long
             return _read_report(path)
-    raise NotInCache(f"there is no report {name!r}: `cachedb report --list` lists all reports")
+    raise NotInCache(f"there is no report {shorten(name)}: `cachedb report --list` lists all reports")
 
 
 def load_built_in(name: str) -> Report:
