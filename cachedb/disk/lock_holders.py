@@ -52,12 +52,30 @@ class Process(NamedTuple):
     namespace: str  # its PID namespace; containers have their own pids
 
     def __str__(self) -> str:
-        return f"process {self.pid}" + (f" ({self.command})" if self.command else "")
+        place = "" if self.has_our_pids else " in another PID namespace"
+        return f"process {self.pid}{place}" + (f" ({self.command})" if self.command else "")
+
+    @property
+    def has_our_pids(self) -> bool:
+        """Whether the pid leads to the process here; False for a process of another PID namespace."""
+        return self.namespace == _read_namespace()
 
     @property
     def is_gone(self) -> bool:
         """Whether the process has surely ended; False for a process of another PID namespace."""
-        return self.namespace == _read_namespace() and self.start != _read_start(self.pid)
+        if not self.has_our_pids or (start := _read_start(self.pid)) == self.start:
+            return False
+        return bool(start) or not _exists(self.pid)  # /proc may hide the processes of other users (hidepid)
+
+    def with_our_pid(self) -> Process:
+        """Return the process with the pid that it has here; unchanged if it is not found, as outside our container."""
+        if self.has_our_pids:
+            return self
+        with suppress(OSError):
+            for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+                if _read_start(pid) == self.start and _read_inner_pid(pid) == self.pid:
+                    return self._replace(pid=pid, namespace=_read_namespace())
+        return self
 
 
 UNKNOWN = "another process"
@@ -90,6 +108,25 @@ def read_stat(pid: int) -> list[str]:
 def _read_start(pid: int) -> str:
     stat = read_stat(pid)
     return stat[START] if stat else ""
+
+
+def _read_inner_pid(pid: int) -> int | None:
+    """Return the pid that a process has in its own PID namespace; None if it has ended."""
+    with suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    return None
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _read_namespace() -> str:

@@ -143,7 +143,7 @@ def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
 def read_holder(file: int) -> Process | None:
     """Return the process whose record is in a lock file, or None if that process is gone."""
     record = lock_holders.read_record(file)
-    return None if record is None or record[0].is_gone else record[0]
+    return None if record is None or record[0].is_gone else record[0].with_our_pid()
 
 
 def find_holder(file: int) -> Process | None:

@@ -35,7 +35,7 @@ class SessionInfo(NamedTuple):
     """A process that uses the cache, or one of its sessions; its first session has all its activities."""
 
     id: str | None  # None for a process without a session
-    pid: int | None  # None for a process of an older release
+    pid: int | None  # None for a process of an older release, or outside our PID namespace
     user: str | None
     command: str | None
     started_at: datetime  # UTC: when the session or the first activity began
@@ -111,7 +111,8 @@ def _make_info(session: str | None, process: Process | None, since: datetime, do
     user = str(process.uid)
     with suppress(KeyError):
         user = pwd.getpwuid(process.uid).pw_name
-    return SessionInfo(session, process.pid, user, process.command, since, doing)
+    process = process.with_our_pid()
+    return SessionInfo(session, process.pid if process.has_our_pids else None, user, process.command, since, doing)
 
 
 def _to_utc(seconds: float) -> datetime:

@@ -384,6 +384,46 @@ def test_a_process_that_has_ended_is_not_named(tmp_path: Path) -> None:
     assert locks.read_holder_of(tmp_path / "lock") is None
 
 
+def test_a_process_of_another_user_that_proc_hides_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locks.hold_lock(tmp_path / "lock") as file:
+        holder = lock_holders.this_process()
+        monkeypatch.setattr(lock_holders, "read_stat", lambda _: [])  # as /proc mounted with hidepid=2
+        assert locks.read_holder_of(tmp_path / "lock") == holder
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        record = json.dumps(holder._replace(pid=child)._asdict()).encode()
+        os.pwrite(file.fileno(), record + b"\n", lock_holders.RECORD)
+        assert locks.read_holder_of(tmp_path / "lock") is None
+
+
+def test_a_process_of_an_inner_pid_namespace_is_named_by_the_pid_that_it_has_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = lock_holders.this_process()
+    assert lock_holders._read_inner_pid(os.getpid()) == os.getpid()
+    monkeypatch.setattr(lock_holders, "_read_inner_pid", {os.getpid(): 7}.get)
+    with locks.hold_lock(tmp_path / "lock") as file:
+        record = json.dumps(ours._replace(pid=7, namespace="pid:[1]")._asdict()).encode()
+        os.pwrite(file.fileno(), record + b"\n", lock_holders.RECORD)
+        assert locks.read_holder_of(tmp_path / "lock") == ours
+
+
+@pytest.mark.parametrize("change", [{"start": "0"}, {"pid": 2**30}])
+def test_a_process_of_an_outer_pid_namespace_is_not_named_as_one_of_ours(
+    full: Path, change: dict[str, str | int]
+) -> None:
+    with Cache.open(full) as cache, cache.hold("app:1"):
+        lock = next((full / "locks").glob("*.session"))
+        values = {**lock_holders.this_process()._asdict(), "namespace": "pid:[1]", **change}
+        with lock.open("r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), json.dumps(values).encode() + b"\n", lock_holders.RECORD)
+        (session,) = cache.sessions()
+        assert (session.pid, session.command) == (None, values["command"])
+        expected = f"process {values['pid']} in another PID namespace ({values['command']})"
+        assert str(locks.read_holder_of(lock)) == expected
+
+
 @pytest.mark.slow
 def test_verbose_reports_that_cleaning_up_was_left_to_others(cachedb: Run, full: Path) -> None:
     with running(WRITER, full):
