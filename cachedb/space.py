@@ -59,6 +59,7 @@ def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | N
             _check_statistics(directory, size, offset)
             return None
         try:
+            _check_name(directory, file)
             os.posix_fallocate(file, offset, size)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
@@ -69,6 +70,24 @@ def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | N
     except OSError as error:
         return error
     return None
+
+
+def _check_name(directory: Path, file: int) -> None:
+    """Give a file a name for a moment; raise if there is no room for the name, as on btrfs without space for metadata.
+
+    A process that is killed meanwhile leaves an empty file, whose name is that of an unfinished marker.
+    """
+    folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f".cachedb-{os.urandom(8).hex()}.marker"
+    try:
+        # With a folder descriptor Python calls linkat(2), which follows the link in /proc.
+        os.link(f"/proc/self/fd/{file}", name, dst_dir_fd=folder)
+        os.unlink(name, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, os.fspath(directory)) from error
+    finally:
+        os.close(folder)
 
 
 def _check_statistics(directory: Path, size: int, offset: int) -> None:

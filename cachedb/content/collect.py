@@ -251,7 +251,7 @@ def _move_out(database: Database) -> list[Leftover]:
                         sources[algorithm] = opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
                     try:
                         with suppress(FileNotFoundError):  # a process renamed it, then crashed before its commit
-                            rename_over(name, sources[algorithm], trash_name(digest), trash)
+                            _move(name, sources[algorithm], trash_name(digest), trash)
                     except OSError as error:  # it may be immutable, or belong to another user in a sticky folder
                         if error.errno in NO_ROOM_ERRNOS or is_callers(error):
                             raise
@@ -265,6 +265,16 @@ def _move_out(database: Database) -> list[Leftover]:
         if not digests or (after == digests[-1] and len(digests) < BATCH):
             break
     return left
+
+
+def _move(name: str, folder: int, new_name: str, trash: int) -> None:
+    """Rename a file into ``trash/``; unlink it if the disk is too full for a rename, as btrfs can be."""
+    try:
+        rename_over(name, folder, new_name, trash)
+    except OSError as error:
+        if error.errno not in NO_ROOM_ERRNOS:
+            raise
+        os.unlink(name, dir_fd=folder)
 
 
 @contextmanager

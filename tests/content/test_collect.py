@@ -76,6 +76,19 @@ def test_a_dry_run_returns_what_a_real_run_deletes_and_deletes_nothing(cache: Ca
     assert len(gone) == {"remove": 3, "collect": 2}[how]
 
 
+def test_a_removal_unlinks_files_if_the_disk_is_too_full_for_a_rename(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as btrfs does if there is no space for metadata
+
+    save(cache, "gone", image(1))
+    monkeypatch.setattr(collect, "rename_over", refuse)
+    assert cache.remove_manifest("gone").blobs == 3
+    assert files_of(cache.directory) == stored_rows(cache.directory) == {}
+    assert snapshot(cache.directory)["trash"] == []
+
+
 def test_a_dry_run_of_a_removal_waits_for_no_writer_and_counts_no_held_blob(cache: Cache) -> None:
     save(cache, "gone", image(1))
     save(cache, "held", image(2))
@@ -518,10 +531,12 @@ def test_a_full_disk_while_files_are_moved_to_the_trash_is_an_error(
     """Otherwise the reserve would not be given up."""
     abandon(cache, b"unreferenced")
 
-    def rename_over(name: str, _folder: int, _new_name: str, _new_folder: int) -> None:
+    def fail(name: str, *_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", name)
 
-    monkeypatch.setattr(collect, "rename_over", rename_over)
-    with pytest.raises(StorageError) as caught:
-        list(collect.collect(index))
+    monkeypatch.setattr(collect, "rename_over", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail)
+        with pytest.raises(StorageError) as caught:
+            list(collect.collect(index))
     assert caught.value.errno == errno.ENOSPC

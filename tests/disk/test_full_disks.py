@@ -385,6 +385,15 @@ def test_a_directory_with_free_space_has_no_shortage(tmp_path: Path) -> None:
     assert missing.errno == errno.ENOENT
 
 
+def test_a_directory_without_room_for_a_name_has_a_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", refuse(errno.ENOSPC))  # as btrfs does if there is no space for metadata
+    shortage = space.find_shortage(tmp_path, 1)
+    assert shortage is not None
+    assert (shortage.errno, shortage.filename) == (errno.ENOSPC, str(tmp_path))
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))  # a file system without hard links
+    assert space.find_shortage(tmp_path, 1) is None
+
+
 @pytest.mark.parametrize("call", ["open", "posix_fallocate"])
 def test_without_unnamed_files_the_numbers_of_statvfs_show_a_shortage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
