@@ -437,8 +437,12 @@ class Cache:
         Raises:
             NotInCache: if there is no hold of one of them.
         """
-        with self._database.write() as connection:
-            return holds.release(connection, *(find_hold_name(connection, text) for text in holds_or_names))
+
+        def release() -> int:
+            with self._database.write() as connection:
+                return holds.release(connection, *(find_hold_name(connection, text) for text in holds_or_names))
+
+        return self._database.reserve.run(release)  # on a full disk, what is held keeps `gc` from freeing space
 
     def sessions(self) -> list[SessionInfo]:
         """Return the processes that use the cache, each with what it does or waits for, and since when.
@@ -795,10 +799,14 @@ class Cache:
     def unpin(self, *names: str | Name, filters: Filters | None = None, ignore_missing: bool = False) -> list[Name]:
         """Remove the pins of images, all of them or none; the arguments and the result are those of `pin`."""
         wanted = parse_wanted(names)
-        with self._database.write() as connection:
-            found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
-            lifetimes.unpin(connection, [row.id for row in found])
-            return [image.name for image in found]
+
+        def unpin() -> list[Name]:
+            with self._database.write() as connection:
+                found = find_images(connection, wanted, filters, exact=True, ignore_missing=ignore_missing)
+                lifetimes.unpin(connection, [row.id for row in found])
+                return [image.name for image in found]
+
+        return self._database.reserve.run(unpin)  # on a full disk, what is pinned keeps `prune` from freeing space
 
     def collect_garbage(self, *, dry_run: bool = False) -> Collected:
         """Free every blob that no image, hold or session uses.

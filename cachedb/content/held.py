@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from sqlalchemy import Connection
 
 from cachedb.content.publish import release_after_error, release_hold
-from cachedb.content.session import NO_HOLD, Session
+from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.errors import NotInCache
 from cachedb.index import blobs, holds, images
 from cachedb.index.filters import Filters, FoundImage, complete_name, find_images, parse_wanted
@@ -33,6 +33,29 @@ def hold_images(
     The images are those that the names point to now; the names may point to other images before the block ends.
     The arguments are those of `find_images_and_digests`.
     """
+
+    def take() -> tuple[list[tuple[ImageInfo, list[BlobInfo]]], Hold]:
+        return _take_hold(database, session, names_or_digests, filters, ignore_missing=ignore_missing)
+
+    found, hold = database.reserve.run(take)  # images can leave a full disk, as in an export
+    try:
+        yield found
+    except BaseException:
+        release_after_error(database, session, hold)
+        raise
+    if not database.ended:  # else the hold ended with the session
+        release_hold(database, session, hold)
+
+
+def _take_hold(
+    database: Database,
+    session: Session,
+    names_or_digests: Iterable[str | Name],
+    filters: Filters | None,
+    *,
+    ignore_missing: bool,
+) -> tuple[list[tuple[ImageInfo, list[BlobInfo]]], Hold]:
+    """Hold images and blobs; return the images with their blobs, and the hold."""
     found: list[tuple[ImageInfo, list[BlobInfo]]] = []
     # A cache that can only be read takes no leases, and none of its blobs are collected.
     read_only = database.read_only
@@ -47,14 +70,7 @@ def hold_images(
             info, contents = images.read_image(connection, database.directory, image.id)
             digests.update(blob.digest for blob in contents)
             found.append((info, contents))
-        hold = NO_HOLD if read_only else session.lease(connection, digests)
-    try:
-        yield found
-    except BaseException:
-        release_after_error(database, session, hold)
-        raise
-    if not database.ended:  # else the hold ended with the session
-        release_hold(database, session, hold)
+        return found, NO_HOLD if read_only else session.lease(connection, digests)
 
 
 def find_images_and_digests(

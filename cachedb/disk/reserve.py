@@ -55,19 +55,28 @@ class Reserve:
             self._gave_up = False
             self.keep()
 
-    def check(self) -> None:
+    def check(self, path: Path | None = None) -> None:
         """Raise if new content would use the space of the reserve, which SQLite needs to free a full disk.
 
         Opening the cache on a full disk gives up the reserve.
 
+        Args:
+            path: of the content, in an existing folder; on another file system it uses no reserve. None for the cache.
+
         Raises:
             StorageError: if this process gave up the reserve, and the disk has no room for it now.
         """
-        if self._gave_up_space:
+        if self._gave_up_space and (path is None or self._is_beside(path)):
             self._keep_bytes()
             if self._gave_up_space:
                 with os_errors("write to the cache"):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _is_beside(self, path: Path) -> bool:
+        """Return whether the folder of a path is on the file system of the cache."""
+        with suppress(OSError):
+            return os.stat(path.parent).st_dev == os.stat(self._directory).st_dev
+        return False
 
     def _keep_inodes(self) -> None:
         if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last one made

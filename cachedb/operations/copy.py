@@ -84,6 +84,7 @@ def copy(
         try:
             if not database.read_only:  # a read-only cache has no leases
                 database.reserve.run(lambda: _lease_stored(database, session, leased))
+            database.reserve.check(staged)
             _copy_index(database, session, staged, leased)
             wanted, image_count = _clean_index(Database(directory, staged))
             how = _copy_blobs(database.directory, directory, wanted, progress, verify=verify)

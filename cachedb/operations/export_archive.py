@@ -79,6 +79,8 @@ def export_archive(
             )
             for name, (info, blobs) in zip(names, held, strict=True)
         )
+        if isinstance(destination, Path):
+            database.reserve.check(destination)
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format not in FOLDER_FORMATS:
             write_tar(database.directory, files, destination, advance)

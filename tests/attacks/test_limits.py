@@ -449,6 +449,22 @@ def test_new_content_does_not_use_what_was_left_of_the_reserve(full_disk: Path) 
         cache.add_blob(b"new")
 
 
+def test_an_export_or_a_copy_to_a_full_disk_does_not_use_the_reserve(full_disk: Path, tmp_path: Path) -> None:
+    with Cache.open(full_disk) as cache:
+        for write in (
+            lambda: cache.export("app:1", full_disk.parent / "app.tar"),
+            lambda: cache.copy(full_disk.parent / "copy"),
+        ):
+            with pytest.raises(StorageError, match="No space left on device: free some space"):
+                write()
+        cache.export("app:1", tmp_path / "app.tar")
+        cache.copy(tmp_path / "copy")
+        assert cache.remove_manifest("app:1").blobs == 4
+    assert not (full_disk.parent / "app.tar").exists()
+    check(full_disk)
+    check(tmp_path / "copy")
+
+
 def test_a_part_of_the_reserve_is_kept_when_there_is_no_room_for_all_of_it(full_disk: Path) -> None:
     (full_disk / "reserve").rename(full_disk.parent / "taken")
     os.truncate(full_disk.parent / "taken", 400 * 1024)

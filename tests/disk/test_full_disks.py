@@ -22,7 +22,7 @@ import pytest
 from cachedb import Cache, Keep, Policy, Remove, StorageError, space
 from cachedb.disk import file_system
 from cachedb.disk.layout import partial_path
-from cachedb.disk.reserve import is_full
+from cachedb.disk.reserve import Reserve, is_full
 from cachedb.errors import os_errors
 from cachedb.index import schema
 from cachedb.index.sqlite.database import Database
@@ -213,7 +213,7 @@ def test_a_session_begins_with_the_reserved_inodes_or_leaves_nothing(full: Path)
         with Cache(Database(full)) as other:
             (full.parent / "small" / "0").unlink()  # one inode is too few
             with pytest.raises(StorageError, match=f"^cannot begin a session in the cache: {NO_INODES}"):
-                other.hold("app:1").__enter__()
+                other.add_blob(b"new")
             assert sorted(os.listdir(full / "locks")) == before
         (full.parent / "small" / "1").rename(full / "reserve.inodes" / "1")
         with Cache(Database(full)) as other, other.hold("app:1"):
@@ -392,6 +392,34 @@ def test_a_directory_without_room_for_a_name_has_a_shortage(tmp_path: Path, monk
     assert (shortage.errno, shortage.filename) == (errno.ENOSPC, str(tmp_path))
     monkeypatch.setattr(os, "link", refuse(errno.EPERM))  # a file system without hard links
     assert space.find_shortage(tmp_path, 1) is None
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda cache, _: cache.release_hold("app:1"),
+        lambda cache, _: cache.unpin("app:1"),
+        lambda cache, elsewhere: cache.export("app:1", elsewhere),
+    ],
+    ids=["release", "unpin", "export"],
+)
+def test_what_lets_a_full_disk_be_freed_uses_the_reserve(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Cache, Path], object]
+) -> None:
+    save(cache, "app:1", MADE)
+    cache.add_hold("app:1")
+    cache.pin("app:1")
+    write = Database.write
+    elsewhere = tmp_path / "app.tar"
+    monkeypatch.setattr(Reserve, "_is_beside", lambda *_: False)
+
+    def write_if_there_is_room(database: Database) -> Any:
+        if (cache.directory / "reserve").exists():
+            raise StorageError("the index failed", errno=errno.ENOSPC)
+        return write(database)
+
+    monkeypatch.setattr(Database, "write", write_if_there_is_room)
+    work(cache, elsewhere)
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate"])
