@@ -10,7 +10,7 @@ import click
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import DIGEST, format_examples
 from cachedb.cli.spelling import SpellingGroup
-from cachedb.cli.streams import get_stdin, get_stdout
+from cachedb.cli.streams import PrintingCommand, get_stdin, get_stdout
 from cachedb.oci.digests import Algorithm
 
 __all__ = ["blob"]
@@ -43,7 +43,7 @@ def blob_add(file: str, digest: str | None, algorithm: Algorithm) -> None:
             click.echo(cache.add_blob(data, algorithm=algorithm))
 
 
-@blob.command("cat", epilog=format_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))
+@blob.command("cat", cls=PrintingCommand, epilog=format_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))
 @click.argument("digest", type=DIGEST)
 def blob_cat(digest: str) -> None:
     """Write a blob's content to stdout."""
@@ -54,7 +54,9 @@ def blob_cat(digest: str) -> None:
         shutil.copyfileobj(file, stdout, 1024 * 1024)
 
 
-@blob.command("path", epilog=format_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))
+@blob.command(
+    "path", cls=PrintingCommand, epilog=format_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"')
+)
 @click.argument("digest", type=DIGEST)
 def blob_path(digest: str) -> None:
     """Print the path of a blob's file, for reading only.

@@ -7,6 +7,7 @@ import os
 import click
 
 from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
+from cachedb.cli.streams import PrintingCommand
 
 __all__ = []
 
@@ -20,11 +21,12 @@ _INSTALL = {
 
 
 @click.command(
+    cls=PrintingCommand,
     epilog=format_examples(
         'eval "$(cachedb completion bash)"',
         'eval "$(cachedb completion zsh)"',
         "cachedb completion fish > ~/.config/fish/completions/cachedb.fish",
-    )
+    ),
 )
 @click.argument("shell", required=False, type=click.Choice(list(_INSTALL)))
 def completion(shell: str | None) -> None:

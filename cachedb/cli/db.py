@@ -14,6 +14,7 @@ from cachedb.cli.options import format_examples, format_option
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_stages
 from cachedb.cli.spelling import SpellingGroup
+from cachedb.cli.streams import PrintingCommand
 from cachedb.text import format_size, printable
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _code_of(found: State) -> int:
     return _UPGRADE_NEEDED if found.pending or not found.usable else 0
 
 
-@db.command("history", epilog=format_examples("cachedb db history", "cachedb db history -v"))
+@db.command("history", cls=PrintingCommand, epilog=format_examples("cachedb db history", "cachedb db history -v"))
 @click.option("-v", "--verbose", is_flag=True, help="Show the date and the whole description of each schema too.")
 @format_option
 def db_history(verbose: bool, form: str) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import click
 
 from cachedb.cli.options import format_examples
+from cachedb.cli.streams import PrintingCommand
 
 __all__ = []
 
 
-@click.command("help", epilog=format_examples("cachedb help", "cachedb help import", "cachedb help db upgrade"))
+@click.command(
+    "help",
+    cls=PrintingCommand,
+    epilog=format_examples("cachedb help", "cachedb help import", "cachedb help db upgrade"),
+)
 @click.argument("words", metavar="[COMMAND]...", nargs=-1)
 def help_(words: tuple[str, ...]) -> None:
     """Print the help of a command, as `cachedb COMMAND --help` does; without COMMAND, list the commands."""

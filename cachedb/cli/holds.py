@@ -25,6 +25,7 @@ from cachedb.cli.options import (
 )
 from cachedb.cli.process_tree import end_with_descendants
 from cachedb.cli.signals import delaying_signals
+from cachedb.cli.streams import PrintingCommand
 from cachedb.errors import CacheError
 from cachedb.text import format_age, format_size
 
@@ -91,7 +92,7 @@ def hold(
     _print_holds(made, output, quiet=quiet)
 
 
-@click.command(epilog=format_examples("cachedb holds", "cachedb release $(cachedb holds -q)"))
+@click.command(cls=PrintingCommand, epilog=format_examples("cachedb holds", "cachedb release $(cachedb holds -q)"))
 @output_options
 @quiet_option("the holds' ids")
 def holds(output: Output, quiet: bool) -> None:

@@ -23,7 +23,7 @@ from cachedb.cli.options import (
     quiet_option,
 )
 from cachedb.cli.output import describe_collected, print_collected, print_json, print_names, print_table
-from cachedb.cli.streams import get_stdout
+from cachedb.cli.streams import PrintingCommand, get_stdout
 from cachedb.errors import NotInCache
 from cachedb.oci.digests import parse_digest_prefix
 from cachedb.oci.names import Name
@@ -39,13 +39,14 @@ __all__ = ["ls", "rm", "show"]
 
 
 @click.command(
+    cls=PrintingCommand,
     epilog=format_examples(
         "cachedb ls",
         "cachedb ls -q 'team/*' --filter unused-for=30d",
         "cachedb ls --sort -size --limit 5 --columns name,size,last-used",
         "cachedb ls --format '{{.Name}}\\t{{.Digest}}'",
         "cachedb ls --format json",
-    )
+    ),
 )
 @click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
 @filter_options
@@ -81,7 +82,8 @@ def _read_platforms(cache: Cache) -> dict[str, list[str]]:
 
 
 @click.command(
-    epilog=format_examples("cachedb show app:1", "cachedb show --format json app:1", "cachedb show 9f86d081884c")
+    cls=PrintingCommand,
+    epilog=format_examples("cachedb show app:1", "cachedb show --format json app:1", "cachedb show 9f86d081884c"),
 )
 @click.argument("name", metavar="NAME|DIGEST", type=NAME_OR_DIGEST)
 @format_option
@@ -165,7 +167,7 @@ def _print_platforms(platforms: list[PlatformInfo], stored: Container[str]) -> N
         click.echo()
 
 
-@click.command(epilog=format_examples("cachedb manifest app:1 | jq .layers"))
+@click.command(cls=PrintingCommand, epilog=format_examples("cachedb manifest app:1 | jq .layers"))
 @click.argument("name", type=NAME)
 def manifest(name: str) -> None:
     """Print the exact bytes of an image's manifest or index."""

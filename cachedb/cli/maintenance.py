@@ -21,6 +21,7 @@ from cachedb.cli.options import (
 )
 from cachedb.cli.output import print_collected, print_json, print_table
 from cachedb.cli.progress import show_progress
+from cachedb.cli.streams import PrintingCommand
 from cachedb.text import format_age, format_count, format_size, printable
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _list_names(names: tuple[Name, ...]) -> str:
 _NAMES_SHOWN: Final = 3
 
 
-@click.command(epilog=format_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))
+@click.command(cls=PrintingCommand, epilog=format_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))
 @format_option
 def ps(form: str) -> None:
     """List the processes that write to the cache, and what each is doing.
@@ -228,7 +229,9 @@ def ps(form: str) -> None:
     print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
 
 
-@click.command(epilog=format_examples("cachedb stats", "cachedb stats --format json | jq .stored.size"))
+@click.command(
+    cls=PrintingCommand, epilog=format_examples("cachedb stats", "cachedb stats --format json | jq .stored.size")
+)
 @format_option
 def stats(form: str) -> None:
     """Print the totals of the cache, as df does; its JSON has the fields of older releases too."""
@@ -266,12 +269,13 @@ _USAGE_FIELDS: Final = (
 
 
 @click.command(
+    cls=PrintingCommand,
     epilog=format_examples(
         "cachedb df",
         "cachedb df -v",
         "cachedb df 'team/*' --filter unused-for=30d",
         "cachedb df --format json | jq .reclaimable.size",
-    )
+    ),
 )
 @click.argument("names", metavar="[NAME|PATTERN]...", nargs=-1, type=NAME)
 @click.option("-v", "--verbose", is_flag=True, help="List each image too, with its unique and shared size.")

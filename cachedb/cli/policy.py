@@ -13,7 +13,7 @@ from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import format_examples
 from cachedb.cli.output import print_json
 from cachedb.cli.spelling import SpellingGroup
-from cachedb.cli.streams import read_text
+from cachedb.cli.streams import PrintingCommand, read_text
 from cachedb.disk.existence import exists
 from cachedb.disk.layout import POLICY_FILE
 from cachedb.errors import CacheError, InvalidPolicy, NotInCache
@@ -50,7 +50,9 @@ def policy() -> None:
     """
 
 
-@policy.command("show", epilog=format_examples("cachedb policy show", "cachedb policy show --format json"))
+@policy.command(
+    "show", cls=PrintingCommand, epilog=format_examples("cachedb policy show", "cachedb policy show --format json")
+)
 @click.option(
     "--format",
     "form",

@@ -24,7 +24,7 @@ from cachedb.cli.options import (
 from cachedb.cli.output import print_json, print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
-from cachedb.cli.streams import get_stdout, read_text, write_text
+from cachedb.cli.streams import PrintingCommand, get_stdout, read_text, write_text
 from cachedb.errors import CacheError, InvalidQuery
 from cachedb.text import printable
 
@@ -40,12 +40,13 @@ _PROMPT_GRACE_SECONDS = 10
 
 
 @click.command(
+    cls=PrintingCommand,
     epilog=format_examples(
         "cachedb sql",
         "cachedb sql --schema image_usage",
         "cachedb sql 'SELECT name, human(unique_size) FROM image_usage ORDER BY unique_size DESC LIMIT 5'",
         "cachedb sql --format csv -p days=30 'SELECT name FROM image_usage WHERE unused_days > :days'",
-    )
+    ),
 )
 @click.argument("query", required=False, shell_complete=complete_with("complete_view"))
 @click.option("--file", type=click.Path(), help="Read the query from a file, or - for stdin.")

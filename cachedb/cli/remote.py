@@ -9,6 +9,7 @@ import click
 from cachedb.cli.context import open_cache_or_empty
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_json, print_table
+from cachedb.cli.streams import PrintingCommand
 from cachedb.errors import CacheError, RegistryError
 from cachedb.oci.platforms import join_platform
 from cachedb.text import format_size, printable, shorten_digest
@@ -21,10 +22,11 @@ __all__ = []
 
 
 @click.command(
+    cls=PrintingCommand,
     epilog=format_examples(
         "cachedb inspect alpine:3.20",
         "cachedb inspect --platform arm64 --format json docker://ghcr.io/team/app:1",
-    )
+    ),
 )
 @click.argument("name", type=NAME)
 @click.option(
@@ -98,7 +100,10 @@ def _print_image(image: RemoteImage) -> None:
     print_table(("LAYER", "SIZE", "MEDIA TYPE"), rows, right=("SIZE",))
 
 
-@click.command(epilog=format_examples("cachedb digest alpine:3.20", "cachedb digest --format json ghcr.io/team/app:1"))
+@click.command(
+    cls=PrintingCommand,
+    epilog=format_examples("cachedb digest alpine:3.20", "cachedb digest --format json ghcr.io/team/app:1"),
+)
 @click.argument("name", type=NAME)
 @registry_options
 @format_option
@@ -112,7 +117,9 @@ def digest(name: str, form: str, **access: Any) -> None:  # noqa: ANN401 - the o
         click.echo(found)
 
 
-@click.command(epilog=format_examples("cachedb tags alpine", "cachedb tags --format json ghcr.io/team/app"))
+@click.command(
+    cls=PrintingCommand, epilog=format_examples("cachedb tags alpine", "cachedb tags --format json ghcr.io/team/app")
+)
 @click.argument("repository")
 @registry_options
 @format_option

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import click
 
-from cachedb.cli.streams import get_stdout
-
 __all__ = ["SpellingGroup"]
 
 # More edits often lead to an unrelated word: from `start` to `stats`, or from `as` to `ls`.
 _EDITS_BY_LENGTH = {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
 _EDITS_OF_LONG_WORDS = 2
-
-
-# Commands that do nothing but print. Without stdout their result would be lost, and the exit code would hide that.
-_READING = frozenset(
-    f"cachedb {name}"
-    for name in (
-        *("ls", "show", "manifest", "inspect", "digest", "tags", "sql", "stats", "df", "holds", "ps"),
-        *("blob cat", "blob path", "policy show", "db history", "completion", "help"),
-    )
-)
 
 
 class SpellingGroup(click.Group):
@@ -34,10 +22,7 @@ class SpellingGroup(click.Group):
         if not word.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, word) is None:
             found = " or ".join(f"`{ctx.command_path} {name}`" for name in self.find_close(ctx, word))
             raise click.UsageError(f"no such command {word!r}" + (f" (did you mean {found}?)" if found else ""), ctx)
-        name, command, rest = super().resolve_command(ctx, args)
-        if f"{ctx.command_path} {name}" in _READING and not ctx.resilient_parsing:
-            get_stdout()  # fail before the work if stdout is closed
-        return name, command, rest
+        return super().resolve_command(ctx, args)
 
     def find_close(self, ctx: click.Context, word: str) -> list[str]:
         """Return the listed commands with the closest spelling, if it differs by a typing error."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "PrintingCommand",
     "closed_streams",
     "discard_output",
     "get_stdin",
@@ -114,3 +115,12 @@ def get_stdout() -> IO[bytes]:
     if "stdout" in closed_streams:
         raise click.UsageError("stdout is closed: redirect it")
     return sys.stdout.buffer
+
+
+class PrintingCommand(click.Command):
+    """A command that only prints; without stdout, exit code 0 would hide that its output was lost."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command, or raise a usage error if stdout is closed."""
+        get_stdout()
+        return super().invoke(ctx)
