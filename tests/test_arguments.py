@@ -7,12 +7,13 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, Name, NotInCache, StorageError
+from cachedb import Cache, CacheError, Keep, Name, NotInCache, Policy, StorageError
 from cachedb.index import drift, schema
 from cachedb.operations import upgrade
 from tests.conftest import snapshot
@@ -234,6 +235,16 @@ def test_a_group_that_cannot_exist_is_refused(cache: Cache, group: str) -> None:
 def test_a_report_whose_name_is_too_long_is_not_found(cache: Cache) -> None:
     with pytest.raises(NotInCache, match=r"^there is no report 'a+.+: `cachedb report --list`"):
         cache.run_report("a" * 300).__enter__()
+
+
+@pytest.mark.parametrize("wrong", [None, "text", ["text"], iter([Keep(names=("app:1",))])])
+def test_rules_and_limits_of_a_wrong_type_are_refused(cache: Cache, wrong: Any) -> None:
+    make.save(cache, "app:1", make.image(1))
+    for field in Policy._fields:
+        for work in (cache.plan_prune, cache.prune, partial(cache.explain_prune, "app:1")):
+            with pytest.raises(TypeError, match=rf"^{field} is (of type|not a tuple)"):
+                work(Policy()._replace(**{field: wrong}))
+    assert cache.list_names() == ["app:1"]
 
 
 def test_a_manifest_as_text_is_refused(cache: Cache) -> None:

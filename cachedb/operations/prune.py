@@ -23,7 +23,7 @@ from cachedb.index.blobs import sum_sizes
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.names import Name
 from cachedb.operations.plan import Plan, PlannedImage, make_plan
-from cachedb.operations.policy import Policy
+from cachedb.operations.policy import Keep, Limits, Policy, Remove
 from cachedb.progress import Progress, sum_progress
 
 __all__ = ["CLAIM_KEY", "Pruned", "SkippedImage", "apply_plan", "check_arguments", "claim", "prune", "remove_planned"]
@@ -69,11 +69,22 @@ def check_arguments(policy: Policy | None, to_free: float | None, plan: Sequence
     """
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"policy is of type {type(policy).__name__!r}: give a Policy, or None")
+    if policy is not None:
+        if not isinstance(policy.limits, Limits):
+            raise TypeError(f"limits is of type {type(policy.limits).__name__!r}: give Limits")
+        _check_rules("keep", policy.keep, Keep)
+        _check_rules("remove", policy.remove, Remove)
     if to_free is not None:
         check_positive(to_free=to_free)
     is_plan = isinstance(plan, (list, tuple)) and all(isinstance(image, PlannedImage) for image in plan)
     if plan is not None and not is_plan:
         raise TypeError("plan is not a list of PlannedImage: give the images of a plan, or None")
+
+
+def _check_rules(name: str, rules: object, kind: type) -> None:
+    # Rules are read more than once: a generator would have none left, and keep nothing.
+    if not isinstance(rules, (list, tuple)) or not all(isinstance(rule, kind) for rule in rules):
+        raise TypeError(f"{name} is not a tuple of {kind.__name__}: give the rules in a tuple")
 
 
 def prune(

@@ -888,6 +888,7 @@ MUTATIONS = [
     Mutation("a reading command needs stdout", "cachedb/cli/streams.py", "        get_stdout()\n        return", "        return", "tests/cli/test_streams.py -k result_is_not_written"),
     Mutation("a group's number is in range", "cachedb/operations/share.py", "if len(group) <= _GROUP_DIGITS and (number := int(group)) < 2**32 - 1:", "if number := int(group):", "tests/test_arguments.py -k group_that_cannot"),
     Mutation("a number is in the range of floats", "cachedb/arguments.py", "if isinstance(value, int) and abs(value) >= 2**1000:", "if False:", "tests/test_arguments.py -k no_float"),
+    Mutation("rules are no generator", "cachedb/operations/prune.py", "if not isinstance(rules, (list, tuple)) or not all(", "if isinstance(rules, (list, tuple)) and not all(", "tests/test_arguments.py -k rules_and_limits"),
     Mutation("a policy is written whole", "cachedb/operations/policy_file.py", "            write_all(file, data)\n", "            file.write(data)\n", "tests/operations/test_policy_file.py -k written_whole"),
     Mutation("an installed policy has the mode of the cache", "cachedb/operations/policy_file.py", "            apply_folder_mode(file.fileno(), folders.status)\n", "            pass\n", "tests/operations/test_policy_file.py -k mode_of"),
     Mutation("prune without a purpose is refused", "cachedb/cli/prune.py", "        _check_purpose(policy, given, quiet=quiet)\n", "", "tests/cli/test_prune.py -k wrong_usage"),
