@@ -50,9 +50,11 @@ def _send(tree: _Tree, number: signal.Signals) -> None:
 
 
 def _find_descendants(roots: set[int]) -> _Tree:
-    """Return the descendants of processes; none without /proc."""
+    """Return the descendants of processes; none without the /proc of our PID namespace, where they have other pids."""
     found: _Tree = {}
     with suppress(OSError):
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return found
         stats = {int(name): read_stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
         parents = roots
         while parents:

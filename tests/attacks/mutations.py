@@ -744,6 +744,7 @@ MUTATIONS = [
     Mutation("a second interrupt kills the descendants of a command", "cachedb/cli/process_tree.py", "        _send(tree, signal.SIGKILL)\n", "        pass\n", "tests/disk/test_single_flight.py -k second_interrupt"),
     Mutation("the folder of a cache is open until the last exit handler", "cachedb/disk/folders.py", "(status.st_dev, status.st_ino)).atexit = False\n", "(status.st_dev, status.st_ino))\n", "tests/test_exit.py -k registered_before"),
     Mutation("a signal to produce ends the descendants of its command", "cachedb/cli/process_tree.py", "            _send(new, signal.SIGTERM)\n", "            pass\n", "tests/disk/test_single_flight.py -k all_processes"),
+    Mutation("a process of another PID namespace gets no signal", "cachedb/cli/process_tree.py", "            return found\n", "            pass\n", "tests/cli/test_process_tree.py"),
     Mutation("all processes of a command get time to end", "cachedb/cli/process_tree.py", " or any(map(_is_running, tree, tree.values()))", "", "tests/disk/test_single_flight.py -k all_processes"),
     Mutation("a closed terminal ends a command as SIGTERM does", "cachedb/cli/main.py", "        signal.signal(signal.SIGHUP, exit_terminated)\n", "        pass\n", "tests/disk/test_single_flight.py -k ends_its_command"),
     Mutation("a closed terminal ends a stuck query", "cachedb/cli/signals.py", "signal.SIGTERM, signal.SIGHUP\n", "signal.SIGTERM\n", "tests/cli/test_step_watcher.py -k on_a_signal"),
