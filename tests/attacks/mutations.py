@@ -482,6 +482,7 @@ MUTATIONS = [
     Mutation("a failed copy is removed", "cachedb/operations/copy.py", "                    _delete_leftovers(directory)\n", "                    pass\n", "tests/operations/test_copy.py -k interrupt_leaves"),
     Mutation("a copy releases its leases", "cachedb/operations/copy.py", "                publish.release_after_error(database, session, hold)\n", "                pass\n", "tests/operations/test_copy.py -k stay_behind"),
     # Copies made by other programs
+    Mutation("a deleted row is an error of ours", "cachedb/index/sqlite/database.py", '                if "FOREIGN KEY" not in str(error.orig):\n                    raise\n', "                raise\n", "tests/operations/test_verify.py -k another_program_has_deleted"),
     Mutation("a backup that is copied over its cache is noticed", "cachedb/disk/marker.py", "return self.written is not None and changed", "return False and changed", "tests/operations/test_copy.py -k copied_over"),
     Mutation("a cache that was checked in its place gets a new marker", "cachedb/disk/folders.py", "            marker.refresh(self.root, lambda file: apply_folder_mode(file, self.status), found)\n        self.mark(new=False)\n\n    def refresh", "            pass\n        self.mark(new=False)\n\n    def refresh", "tests/operations/test_copy.py -k owner_was_changed"),
     Mutation("a cache that was checked in its place keeps its id", "cachedb/disk/folders.py", "        if found is None or self.is_copy:\n", "        if True:\n", "tests/operations/test_copy.py -k owner_was_changed"),

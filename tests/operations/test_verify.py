@@ -1062,6 +1062,17 @@ def test_a_change_of_the_schema_by_another_program_is_reported_and_repaired(
     assert cachedb("db", "check").returncode == 0
 
 
+def test_a_row_that_another_program_has_deleted_is_damage_for_a_write(cache: Cache, cachedb: Run) -> None:
+    # As a program does that does not check foreign keys.
+    change_index(
+        cache.directory, "DELETE FROM blobs WHERE id IN (SELECT blob_id FROM image_blobs WHERE role = 'layer')"
+    )
+    done = cachedb("tag", "app:1", "new:1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("cachedb: the index is damaged: FOREIGN KEY constraint failed: `cachedb verify --rep")
+    assert done.stderr.count("\n") == 1
+
+
 def test_tables_views_and_indexes_of_other_programs_are_no_damage(cache: Cache) -> None:
     for sql in ("TABLE mine (x)", "VIEW my_images AS SELECT * FROM images", "INDEX my_index ON images (added_at)"):
         change_index(cache.directory, f"CREATE {sql}")

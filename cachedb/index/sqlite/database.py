@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Select, event
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import DisconnectionError, IntegrityError
 
 from cachedb.disk import forks, lock_holders, locks, turns
 from cachedb.disk.access import Access
 from cachedb.disk.folders import Folders
 from cachedb.disk.reserve import NO_ROOM_ERRNOS, Reserve
 from cachedb.disk.waiting import Wait, choose_wait_seconds
-from cachedb.errors import Busy, CacheError, CacheReplaced, StorageError, os_errors
+from cachedb.errors import Busy, CacheError, CacheReplaced, DamagedIndex, StorageError, os_errors
 from cachedb.index.sqlite.connection import (
     CacheConnection,
     IndexChanged,
@@ -37,6 +37,7 @@ from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.lookups import Lookups
 from cachedb.index.sqlite.revision import (
     APPLICATION_ID,
+    REBUILD_ADVICE,
     SELECT_REVISION,
     is_compatible,
     lost_index_error,
@@ -302,11 +303,18 @@ class Database:
 
         Raises:
             SchemaMismatch: before anything is written, if the schema is not one that this release works with.
+            DamagedIndex: if another program has deleted a row that others refer to.
             StorageError: if the file system or SQLite fails.
         """
         with self._locked() as connection:
             self._check_schema(connection)
-            yield connection
+            try:
+                yield connection
+            except IntegrityError as error:
+                if "FOREIGN KEY" not in str(error.orig):
+                    raise
+                # Programs that delete rows do not check foreign keys unless they ask SQLite to.
+                raise DamagedIndex(f"the index is damaged: {error.orig}: {REBUILD_ADVICE}") from error
 
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
