@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sqlalchemy import Connection
 
-from cachedb.content.publish import release_after_error, release_hold
+from cachedb.content.publish import release_hold
 from cachedb.content.session import NO_HOLD, Hold, Session
-from cachedb.errors import NotInCache
+from cachedb.errors import CacheError, NotInCache
 from cachedb.index import blobs, holds, images
 from cachedb.index.filters import Filters, FoundImage, complete_name, find_images, parse_wanted
 from cachedb.index.records import BlobInfo, ImageInfo
@@ -17,7 +17,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, is_digest, parse_digest_prefix
 from cachedb.oci.names import Name
 
-__all__ = ["find_hold_name", "find_images_and_digests", "hold_images"]
+__all__ = ["find_hold_name", "find_images_and_digests", "hold_images", "release_from_full_disk"]
 
 
 @contextmanager
@@ -41,10 +41,16 @@ def hold_images(
     try:
         yield found
     except BaseException:
-        release_after_error(database, session, hold)
+        with suppress(CacheError):  # the hold ends with the session
+            release_from_full_disk(database, session, hold)
         raise
     if not database.ended:  # else the hold ended with the session
-        release_hold(database, session, hold)
+        release_from_full_disk(database, session, hold)
+
+
+def release_from_full_disk(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold; on a full disk, use the reserve, because what is held keeps `gc` from freeing space."""
+    database.reserve.run(lambda: release_hold(database, session, hold))
 
 
 def _take_hold(

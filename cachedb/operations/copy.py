@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from sqlalchemy import delete, func, select
 
-from cachedb.content import publish
+from cachedb.content.held import release_from_full_disk
 from cachedb.content.session import Hold, Session
 from cachedb.disk import layout, locks, writer
 from cachedb.disk.durable import clone_content, copy_to_new, sync_file, sync_folder
@@ -91,7 +91,8 @@ def copy(
             _copy_policy(database.directory, directory)
         finally:
             for hold in leased:
-                publish.release_after_error(database, session, hold)
+                with suppress(CacheError):  # the hold ends with the session
+                    release_from_full_disk(database, session, hold)
         for folder in (*BLOB_FOLDERS, ""):
             sync_folder(directory / folder)
         staged.rename(directory / "index.db")

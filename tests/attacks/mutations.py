@@ -480,7 +480,8 @@ MUTATIONS = [
     Mutation("only one process copies into a directory", "cachedb/operations/copy.py", "    if lock is None:\n", "    if False:\n", "tests/operations/test_copy.py -k one_process"),
     Mutation("a stray file of an interrupted copy is not taken for a blob", "cachedb/operations/copy.py", "            raise NotACache(f\"{str(strays[0])!r} is not a blob: name a new or empty directory\")\n", "            pass\n", "tests/operations/test_copy.py -k killed"),
     Mutation("a failed copy is removed", "cachedb/operations/copy.py", "                    _delete_leftovers(directory)\n", "                    pass\n", "tests/operations/test_copy.py -k interrupt_leaves"),
-    Mutation("a copy releases its leases", "cachedb/operations/copy.py", "                publish.release_after_error(database, session, hold)\n", "                pass\n", "tests/operations/test_copy.py -k stay_behind"),
+    Mutation("a hold is released on a full disk", "cachedb/content/held.py", "    database.reserve.run(lambda: release_hold(database, session, hold))", "    release_hold(database, session, hold)", "tests/attacks/test_limits.py -k does_not_use_the_reserve"),
+    Mutation("a copy releases its leases", "cachedb/operations/copy.py", "                    release_from_full_disk(database, session, hold)\n", "                    pass\n", "tests/operations/test_copy.py -k stay_behind"),
     # Copies made by other programs
     Mutation("a deleted row is an error of ours", "cachedb/index/sqlite/database.py", '                if "FOREIGN KEY" not in str(error.orig):\n                    raise\n', "                raise\n", "tests/operations/test_verify.py -k another_program_has_deleted"),
     Mutation("a backup that is copied over its cache is noticed", "cachedb/disk/marker.py", "return self.written is not None and changed", "return False and changed", "tests/operations/test_copy.py -k copied_over"),

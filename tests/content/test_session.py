@@ -260,11 +260,11 @@ def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache, monkeypat
 
 
 def test_a_session_that_cannot_begin_leaves_no_file_behind(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: Path) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cachedb.content.session.sync_folder", fail)
+        patch.setattr("cachedb.content.session.OpenFolder", fail)
         with pytest.raises(StorageError, match="cannot begin a session"):
             cache.add_blob(b"data")
     assert os.listdir(cache.directory / "ingest") == []
