@@ -560,6 +560,7 @@ def test_a_download_goes_to_the_folder_that_was_opened(
             write_bytes(elsewhere / name, b"mine")
         return begun(descriptor, name, size)
 
+    monkeypatch.setattr("cachedb.operations.pull._PARALLEL_DOWNLOADS", 1)  # else another could make the folder again
     monkeypatch.setattr(downloads, "find_resumable_bytes", replace_folder_and_begin)
     with pytest.raises(CacheError):
         cache.pull(f"{remote.host}/large:1")
