@@ -645,7 +645,7 @@ def test_a_damaged_backup_that_is_copied_over_its_cache_is_refused_until_it_is_r
     before = (read_marker(directory), (directory / "cachedb.json").stat().st_ino)
     copy_files(directory, target)
     change_index(target, "DELETE FROM blobs WHERE id = 1")
-    shutil.copytree(target, directory, dirs_exist_ok=True)
+    subprocess.run(["cp", "--archive", "--force", f"{target}/.", directory], check=True)
     assert (read_marker(directory), (directory / "cachedb.json").stat().st_ino) == before
     for _ in range(2):
         with pytest.raises(DamagedIndex, match="is a damaged copy of a cache"):
