@@ -73,7 +73,9 @@ def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | N
 
 
 def _check_name(directory: Path, file: int) -> None:
-    """Give a file a name for a moment; raise if there is no room for the name, as on btrfs without space for metadata.
+    """Give a file a name for a moment; raise if there is no room for the name.
+
+    On btrfs without space for metadata, there is room for the file only.
 
     A process that is killed meanwhile leaves an empty file, whose name is that of an unfinished marker.
     """

@@ -50,7 +50,10 @@ def _send(tree: _Tree, number: signal.Signals) -> None:
 
 
 def _find_descendants(roots: set[int]) -> _Tree:
-    """Return the descendants of processes; none without the /proc of our PID namespace, where they have other pids."""
+    """Return the descendants of processes; none without the /proc of our PID namespace.
+
+    Another namespace has other pids for the same processes.
+    """
     found: _Tree = {}
     with suppress(OSError):
         if os.readlink("/proc/self") != str(os.getpid()):

@@ -142,7 +142,10 @@ class Folders:
         self.is_outdated = found is not None and not self.is_copy and found.is_outdated(self.root)
 
     def accept_copy(self) -> None:
-        """Give a checked copy its own id, or a checked cache a new marker; the caller must hold the write lock."""
+        """Give a checked copy its own id, or a checked cache a new marker.
+
+        The caller must hold the write lock.
+        """
         found = marker.read(self.root)
         if found is None or self.is_copy:
             marker.renew(self.root, lambda file: apply_folder_mode(file, self.status))
@@ -252,7 +255,9 @@ class Folders:
 
     @contextmanager
     def open(self, name: str) -> Iterator[int]:
-        """Yield a descriptor of a folder of the cache; make it again if a cleaner of empty folders has removed it.
+        """Yield a descriptor of a folder of the cache.
+
+        If a cleaner of empty folders has removed the folder, it is made again.
 
         Args:
             name: relative to the cache directory.

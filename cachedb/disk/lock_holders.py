@@ -68,7 +68,10 @@ class Process(NamedTuple):
         return bool(start) or not _exists(self.pid)  # /proc may hide the processes of other users (hidepid)
 
     def with_our_pid(self) -> Process:
-        """Return the process with the pid that it has here; unchanged if it is not found, as outside our container."""
+        """Return the process with the pid that it has here.
+
+        It is unchanged if it is not found, as outside our container.
+        """
         if self.has_our_pids:
             return self
         with suppress(OSError):

@@ -83,7 +83,10 @@ class Marker(NamedTuple):
         return self.directory == found["directory"] and not (same_boot and self.file_system != found["file_system"])
 
     def is_overwritten(self, folder: int) -> bool:
-        """Return whether the file was changed after it was written, as by `cp -a BACKUP/. CACHE` or by `chown -R`."""
+        """Return whether the file was changed after it was written.
+
+        `cp -a BACKUP/. CACHE` changes it, and so does `chown -R`.
+        """
         changed = os.stat(MARKER, dir_fd=folder, follow_symlinks=False).st_ctime_ns
         return self.written is not None and changed - self.written > _WRITING_SECONDS * 1_000_000_000
 

@@ -172,10 +172,9 @@ def test_a_character_that_the_users_encoding_lacks_is_escaped(cachedb: Run, cach
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
-@pytest.mark.parametrize("closed", [1, 2])
-def test_a_closed_stdout_or_stderr_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
-    done = cachedb(*arguments, preexec_fn=lambda: os.close(closed))
-    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", closed == 2)
+def test_a_closed_stderr_is_no_error(cachedb: Run, cache: Cache, arguments: list[str]) -> None:
+    done = cachedb(*arguments, preexec_fn=lambda: os.close(2))
+    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", True)
 
 
 @pytest.mark.slow

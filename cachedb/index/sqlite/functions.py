@@ -1,4 +1,4 @@
-"""The functions of cachedb's SQL: ours, and those that replace SQLite's because they are slow or take much memory.
+"""The functions of cachedb's SQL: ours, and those that replace slow ones of SQLite.
 
 SQLite cannot be stopped during a call, so the time of each call must be proportional to the size of its arguments.
 """
@@ -39,8 +39,9 @@ ALLOWED: Final = frozenset(
     ago human
     """.split()  # noqa: SIM905
 )
-"""The functions that change nothing, access only the index, and take time proportional to their arguments.
+"""The functions that a query may call.
 
+They change nothing, access only the index, and take time proportional to the size of their arguments.
 Later releases of SQLite may add unsafe functions, so the list names the allowed ones. These are left out: median, the
 percentiles and unhex, which may take the square of that time; json_pretty, whose result may take gigabytes; json_insert
 and json_set, which overflow the stack of SQLite 3.40 if a path is long.
@@ -109,7 +110,10 @@ def _rtrim(text: Any, characters: Any) -> str | None:  # noqa: ANN401
 
 
 def _count_first(text: Iterable[str], characters: Any) -> int:  # noqa: ANN401
-    """Return how many of the first characters are among these; `str.strip` would search a long text for each."""
+    """Return how many of the first characters are among these.
+
+    `str.strip` would search a long text for each.
+    """
     return sum(1 for _ in takewhile(set(_as_text(characters)).__contains__, text))
 
 
@@ -148,7 +152,10 @@ def _check_format(text: str, values: Iterator[Value]) -> None:
 
 
 def _absolute(value: Value) -> int:
-    """Return the absolute value as SQLite converts it to an integer, at most one more than the limit of a value."""
+    """Return the absolute value as SQLite converts it to an integer.
+
+    The result is at most one more than the limit of a value.
+    """
     if isinstance(value, (str, bytes)):
         number = re.match(r"\s*[-+]?0*(\d+)", _as_text(value))
         if number is None:

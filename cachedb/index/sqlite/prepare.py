@@ -81,7 +81,9 @@ def prepare(database: Database, *, create: bool = True) -> str | None:
 
 
 def accept_copy(database: Database, *, check: bool) -> None:
-    """Turn a copy that was made file by file, perhaps over a cache, into a cache of its own, unless it is one already.
+    """Turn a copy that was made file by file into a cache of its own, unless it is one already.
+
+    The copy may have been made over a cache.
 
     Args:
         database: the index of the copy.
