@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Select, event
-from sqlalchemy.exc import DisconnectionError, IntegrityError
+from sqlalchemy.exc import DisconnectionError
 
 from cachedb.disk import forks, lock_holders, locks, turns
 from cachedb.disk.access import Access
 from cachedb.disk.folders import Folders
 from cachedb.disk.reserve import NO_ROOM_ERRNOS, Reserve
 from cachedb.disk.waiting import Wait, choose_wait_seconds
-from cachedb.errors import Busy, CacheError, CacheReplaced, DamagedIndex, StorageError, os_errors
+from cachedb.errors import Busy, CacheError, CacheReplaced, StorageError, os_errors
 from cachedb.index.sqlite.connection import (
     CacheConnection,
     IndexChanged,
@@ -32,12 +32,11 @@ from cachedb.index.sqlite.connection import (
     take_snapshot,
 )
 from cachedb.index.sqlite.engine import make_engine
-from cachedb.index.sqlite.errors import sqlite_errors
+from cachedb.index.sqlite.errors import missing_row_errors, sqlite_errors
 from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.lookups import Lookups
 from cachedb.index.sqlite.revision import (
     APPLICATION_ID,
-    REBUILD_ADVICE,
     SELECT_REVISION,
     is_compatible,
     lost_index_error,
@@ -306,15 +305,9 @@ class Database:
             DamagedIndex: if another program has deleted a row that others refer to.
             StorageError: if the file system or SQLite fails.
         """
-        with self._locked() as connection:
+        with self._locked() as connection, missing_row_errors():
             self._check_schema(connection)
-            try:
-                yield connection
-            except IntegrityError as error:
-                if "FOREIGN KEY" not in str(error.orig):
-                    raise
-                # Programs that delete rows do not check foreign keys unless they ask SQLite to.
-                raise DamagedIndex(f"the index is damaged: {error.orig}: {REBUILD_ADVICE}") from error
+            yield connection
 
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sqlalchemy.exc import IntegrityError
+
 from cachedb import space
 from cachedb.disk import lock_holders
 from cachedb.disk.reserve import RESERVE_BYTES
 from cachedb.errors import Busy, DamagedIndex, NotACache, StorageError, explain
 from cachedb.index.sqlite.revision import REBUILD_ADVICE, is_ours
 
-__all__ = ["FAILURES", "explain_path_limit", "sqlite_errors", "translate"]
+__all__ = ["FAILURES", "explain_path_limit", "missing_row_errors", "sqlite_errors", "translate"]
 
 
 # SQLite reports some damage without an error code of its own. Then the message begins with one of these texts.
@@ -40,6 +42,20 @@ def sqlite_errors(path: Path, directory: Path) -> Iterator[None]:
         yield
     except FAILURES as error:
         raise translate(error, path, directory) from error
+
+
+@contextmanager
+def missing_row_errors() -> Iterator[None]:
+    """Turn a failed foreign key in the block into `DamagedIndex`.
+
+    Programs that delete rows do not check foreign keys unless they ask SQLite to.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        if "FOREIGN KEY" not in str(error.orig):
+            raise
+        raise DamagedIndex(f"the index is damaged: {error.orig}: {REBUILD_ADVICE}") from error
 
 
 def translate(
