@@ -589,6 +589,20 @@ def copy_files(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> 
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*-shm", *without))
 
 
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that gets the directory of each cache that is checked as a copy."""
+    found: list[Path] = []
+    check_copy = prepare._check_copy
+
+    def note_and_check(database: Database, folders: Folders) -> None:
+        found.append(database.directory)
+        check_copy(database, folders)
+
+    monkeypatch.setattr(prepare, "_check_copy", note_and_check)
+    return found
+
+
 def read_marker(directory: Path) -> dict[str, Any]:
     return dict(json.loads((directory / "cachedb.json").read_text()))
 
@@ -656,19 +670,11 @@ def test_a_damaged_backup_that_is_copied_over_its_cache_is_refused_until_it_is_r
 
 
 def test_a_cache_whose_owner_was_changed_is_checked_once_and_keeps_its_id(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, checks: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_cache_long_ago(directory, monkeypatch)
     before = read_marker(directory)
     blob_path(directory, image(1, 2).config).unlink()  # a cache is opened even if it lacks a blob
-    checks = []
-    check_copy = prepare._check_copy
-
-    def count_and_check(database: Database, folders: Folders) -> None:
-        checks.append(database.directory)
-        check_copy(database, folders)
-
-    monkeypatch.setattr(prepare, "_check_copy", count_and_check)
     os.chmod(directory / "cachedb.json", 0o600)
     with Cache.open(directory) as cache:
         Cache.open(directory).close()
@@ -693,21 +699,11 @@ def test_a_copy_that_lacks_a_blob_is_refused_until_it_is_repaired(cachedb: Run, 
         assert cache.has_blob(make.digest_of(made.layers[0]))
 
 
-def test_a_sound_copy_is_a_cache_with_its_own_id(
-    directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sound_copy_is_a_cache_with_its_own_id(directory: Path, target: Path, checks: list[Path]) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     copy_files(directory, target)
     first = read_marker(directory)
-    checks = []
-    check_copy = prepare._check_copy
-
-    def count_and_check(database: Database, folders: Folders) -> None:
-        checks.append(database.directory)
-        check_copy(database, folders)
-
-    monkeypatch.setattr(prepare, "_check_copy", count_and_check)
     for _ in range(2):
         assert list_names(target) == {"app:1"}
         assert list_names(directory) == {"app:1"}
