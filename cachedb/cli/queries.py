@@ -314,7 +314,7 @@ def report(
     """
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("expected exactly one of NAME, --list and --html: NAME is a report that --list prints")
-    if not file:
+    if not file or file == "-":
         get_stdout()  # fail before the work if stdout is closed
     if not name and (parameters or seconds is not None):
         raise click.UsageError("-p and --timeout work only with a report's name")
@@ -333,8 +333,6 @@ def report(
 
 
 def _write_page(file: str) -> None:
-    if file == "-":
-        get_stdout()  # fail before the work if stdout is closed
     with open_cache() as cache, _use_idle_priority():
         page = cache.get_html_report()
     write_text(file, page, outside=cache.directory)
